@@ -1,0 +1,3 @@
+//! Using a swarm: routes, sessions, generation, sampling.
+
+pub mod sampling;

@@ -1,0 +1,12 @@
+//! What a checkpoint says: configuration, families, tensors, tokenizer, chat template, and where its files are.
+
+pub mod chat;
+pub mod checkpoint;
+pub mod dtype;
+pub mod family;
+pub mod fingerprint;
+pub mod hub;
+pub mod spec;
+pub mod tokenizer;
+
+pub use dtype::Dtype;

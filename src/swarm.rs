@@ -1,0 +1,3 @@
+//! Peers: identity, transports, the DHT, announcements, frames and RPC.
+
+pub mod proto;

@@ -1,0 +1,8 @@
+//! The integration tests: one binary, one module a subject, so that they link once.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod golden;
+mod house;
+mod hub;
+mod swarm;
+mod tokenizers;
