@@ -5,6 +5,7 @@ pub mod checkpoint;
 pub mod dtype;
 pub mod family;
 pub mod fingerprint;
+pub mod generation;
 pub mod hub;
 pub mod spec;
 pub mod tokenizer;
