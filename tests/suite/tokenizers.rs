@@ -2,7 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use helion::model::tokenizer::Tokenizer;
+use helion::model::{
+    chat::{Chat, ChatError, ChatTemplate, Message},
+    generation::GenerationDefaults,
+    tokenizer::Tokenizer,
+};
 use proptest::prelude::*;
 use serde_json::Value;
 
@@ -121,5 +125,62 @@ proptest! {
     fn streams_of_single_bytes_equal_decoding(generated in prop::collection::vec(0u32..300, 0..120)) {
         let tokenizer = Tokenizer::open(&demo()).unwrap();
         prop_assert_eq!(stream(&tokenizer, &[], &generated).concat(), tokenizer.decode(&generated, true).unwrap());
+    }
+}
+
+#[test]
+fn chats_render_to_the_reference_text() {
+    for dir in fixtures() {
+        let (template, golden) = (ChatTemplate::open(&dir).unwrap().unwrap(), golden(&dir));
+        let messages: Vec<Message> = serde_json::from_value(golden["chat"].clone()).unwrap();
+        let text = template.render(&messages, true).unwrap();
+        assert_eq!(text, golden["chat_text"].as_str().unwrap(), "{}", dir.display());
+        let tokenizer = Tokenizer::open(&dir).unwrap();
+        assert_eq!(tokenizer.encode(&text, false).unwrap(), ids(&golden["chat_ids"]), "{}", dir.display());
+    }
+}
+
+#[test]
+fn questions_to_the_demo_model_have_the_reference_ids() {
+    let (tokenizer, golden) = (Tokenizer::open(&demo()).unwrap(), golden(&demo()));
+    let template = ChatTemplate::open(&demo()).unwrap().unwrap();
+    let defaults = GenerationDefaults::open(&demo(), &[]).unwrap();
+    for case in golden["cases"].as_array().unwrap() {
+        let text = template.render(&[Message::new("user", case["user"].as_str().unwrap())], true).unwrap();
+        assert_eq!(tokenizer.encode(&text, false).unwrap(), ids(&case["prompt_ids"]), "{text}");
+        assert!(defaults.is_eos(*ids(&case["output_ids"]).last().unwrap()));
+    }
+}
+
+/// The templates of widely used models, against what transformers' own environment made of them (`generate.py` there).
+#[test]
+fn well_known_templates_render_as_in_transformers() {
+    let templates = root().join("tests/fixtures/chat-templates");
+    let reference: Value =
+        serde_json::from_str(&std::fs::read_to_string(templates.join("cases.json")).unwrap()).unwrap();
+    let cases = reference["cases"].as_array().unwrap();
+    assert!(cases.len() >= 40);
+    for case in cases {
+        let dir = tempfile::tempdir().unwrap();
+        let source = templates.join(case["template"].as_str().unwrap());
+        std::fs::copy(source, dir.path().join("chat_template.jinja")).unwrap();
+        let config = serde_json::json!({"bos_token": reference["bos_token"], "eos_token": reference["eos_token"]});
+        std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        let list = |name: &str| case["chat"].get(name).map(|list| list.as_array().unwrap().clone());
+        let chat = Chat {
+            messages: list("messages").unwrap(),
+            tools: list("tools"),
+            documents: None,
+            add_generation_prompt: case["chat"]["add_generation_prompt"].as_bool().unwrap(),
+            arguments: case["chat"]["arguments"].as_object().cloned().unwrap_or_default(),
+            now: Some(reference["now"].as_str().unwrap().parse().unwrap()),
+        };
+        let rendered = ChatTemplate::open(dir.path()).unwrap().unwrap().render_chat(&chat);
+        let name = format!("{} / {}", case["template"], case["name"]);
+        match (rendered, case["text"].as_str()) {
+            (Ok(text), Some(expected)) => assert_eq!(text, expected, "{name}"),
+            (Err(ChatError::Refused { message }), None) => assert_eq!(message, case["error"].as_str().unwrap(), "{name}"),
+            (rendered, expected) => panic!("{name}: {rendered:?} where transformers has {expected:?}"),
+        }
     }
 }
