@@ -184,7 +184,13 @@ struct Injected {
 
 impl Injected {
     /// Adds a setting, unless the command line or the environment has it.
-    fn add(&mut self, command: &Command, matches: &ArgMatches, path: &Path, setting: Setting) -> Result<(), ConfigError> {
+    fn add(
+        &mut self,
+        command: &Command,
+        matches: &ArgMatches,
+        path: &Path,
+        setting: Setting,
+    ) -> Result<(), ConfigError> {
         let name = setting.key.replace('_', "-");
         let found = command.get_arguments().find(|arg| has_name(arg, &name));
         let Some(arg) = found.filter(|arg| arg.get_id() != CONFIG && !is_display(arg)) else {
@@ -230,15 +236,13 @@ fn has_name(arg: &Arg, name: &str) -> bool {
 
 /// Whether the argument only prints something.
 fn is_display(arg: &Arg) -> bool {
-    matches!(
-        arg.get_action(),
-        ArgAction::Help | ArgAction::HelpShort | ArgAction::HelpLong | ArgAction::Version
-    )
+    matches!(arg.get_action(), ArgAction::Help | ArgAction::HelpShort | ArgAction::HelpLong | ArgAction::Version)
 }
 
 /// The settings whose names are like `name`, nearest first, as the end of a sentence.
 fn near(command: &Command, name: &str) -> String {
-    let longs = command.get_arguments().filter(|arg| arg.get_id() != CONFIG && !is_display(arg)).filter_map(Arg::get_long);
+    let longs =
+        command.get_arguments().filter(|arg| arg.get_id() != CONFIG && !is_display(arg)).filter_map(Arg::get_long);
     let mut scored: Vec<(f64, &str)> = longs.map(|long| (strsim::jaro_winkler(long, name), long)).collect();
     scored.retain(|(score, _)| *score >= NEAR);
     scored.sort_by(|a, b| b.0.total_cmp(&a.0));

@@ -108,7 +108,9 @@ pub enum SampleError {
     #[error("there are no logits to choose a token from")]
     Empty,
     /// A logit is NaN or infinite: the model's computation went wrong somewhere.
-    #[error("the logit of token {id} is {value}: the model's output is broken (a hop computes wrongly, or its dtype overflows)")]
+    #[error(
+        "the logit of token {id} is {value}: the model's output is broken (a hop computes wrongly, or its dtype overflows)"
+    )]
     NonFinite {
         /// The first token that it is true for.
         id: usize,

@@ -138,7 +138,8 @@ impl ChatTemplate {
             return Err(malformed(format!("none of its templates ({}) is named {DEFAULT:?}", names.join(", "))));
         }
         // Checkpoints that were saved long ago keep the special tokens in a file of their own.
-        let mut special_tokens = special_tokens_of(&read_object(&dir.join("special_tokens_map.json"))?.unwrap_or_default());
+        let mut special_tokens =
+            special_tokens_of(&read_object(&dir.join("special_tokens_map.json"))?.unwrap_or_default());
         special_tokens.extend(special_tokens_of(&config));
         let environment = environment(templates).map_err(|error| malformed(describe(&error)))?;
         Ok(Some(Self { environment: Arc::new(environment), special_tokens }))
@@ -398,8 +399,14 @@ mod tests {
 
     #[test]
     fn python_is_printed_as_python_prints_it() {
-        assert_eq!(render("{{ none }} {{ true }} {{ [1, 'a', none] }} {{ {'a': 1.0} }}").unwrap(), "None True [1, 'a', None] {'a': 1.0}");
+        assert_eq!(
+            render("{{ none }} {{ true }} {{ [1, 'a', none] }} {{ {'a': 1.0} }}").unwrap(),
+            "None True [1, 'a', None] {'a': 1.0}"
+        );
         assert_eq!(render("{{ messages[::-1][0]['content'][1:] }}|{{ 'a,b'.split(',')[-1] }}").unwrap(), "i|b");
-        assert_eq!(render("{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}x{% endfor %}").unwrap(), "");
+        assert_eq!(
+            render("{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}x{% endfor %}").unwrap(),
+            ""
+        );
     }
 }

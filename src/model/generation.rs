@@ -99,9 +99,7 @@ impl GenerationDefaults {
     pub fn open(dir: &Path, config_eos: &[u32]) -> Result<Self, GenerationError> {
         let path = dir.join("generation_config.json");
         let file: File = match std::fs::read(&path) {
-            Ok(json) => {
-                serde_json::from_slice(&json).map_err(|source| GenerationError::Malformed { path, source })?
-            }
+            Ok(json) => serde_json::from_slice(&json).map_err(|source| GenerationError::Malformed { path, source })?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => File::default(),
             Err(source) => return Err(GenerationError::Unreadable { path, source }),
         };

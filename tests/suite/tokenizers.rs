@@ -78,7 +78,8 @@ fn the_demo_models_answers_decode_and_stream_to_the_reference_text() {
 #[test]
 fn a_character_of_several_tokens_comes_whole() {
     let tokenizer = Tokenizer::open(&demo()).unwrap();
-    for text in ["😀", "naïve café", "東京 and 서울", "👩‍👩‍👧 family", "a\u{fffd}b", "tab\tand\nline"] {
+    for text in ["😀", "naïve café", "東京 and 서울", "👩‍👩‍👧 family", "a\u{fffd}b", "tab\tand\nline"]
+    {
         let generated = tokenizer.encode(text, false).unwrap();
         let pieces = stream(&tokenizer, &[], &generated);
         assert_eq!(pieces.concat(), text);
@@ -179,7 +180,9 @@ fn well_known_templates_render_as_in_transformers() {
         let name = format!("{} / {}", case["template"], case["name"]);
         match (rendered, case["text"].as_str()) {
             (Ok(text), Some(expected)) => assert_eq!(text, expected, "{name}"),
-            (Err(ChatError::Refused { message }), None) => assert_eq!(message, case["error"].as_str().unwrap(), "{name}"),
+            (Err(ChatError::Refused { message }), None) => {
+                assert_eq!(message, case["error"].as_str().unwrap(), "{name}")
+            }
             (rendered, expected) => panic!("{name}: {rendered:?} where transformers has {expected:?}"),
         }
     }

@@ -85,11 +85,15 @@ mod tests {
         let bits = |seed, n| (uniform(seed, n) * (1u64 << 53) as f64) as u64;
         let numbers = [bits(0, 0), bits(0, 1), bits(42, 0), bits(42, 1_000_000), bits(u64::MAX, u64::MAX)];
         // From a plain ChaCha12 written after RFC 8439 (with a 64-bit counter), in another language.
-        let expected =
-            [2_954_570_832_368_478, 7_512_296_358_304_195, 3_891_379_052_189_070, 72_715_262_664_426, 4_618_485_890_658_794];
+        let expected = [
+            2_954_570_832_368_478,
+            7_512_296_358_304_195,
+            3_891_379_052_189_070,
+            72_715_262_664_426,
+            4_618_485_890_658_794,
+        ];
         assert_eq!(numbers, expected);
     }
-
 
     #[test]
     fn numbers_are_uniform_and_differ() {

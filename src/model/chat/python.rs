@@ -173,7 +173,12 @@ mod tests {
         let mut environment = minijinja::Environment::new();
         environment.add_filter("tojson", tojson);
         let tool = serde_json::json!({"name": "f", "b": [1, 2.5, true, null], "a": {}, "e": []});
-        environment.render_str(source, minijinja::context! { tool => minijinja::value::Serde(tool), text => "é \"\\\n\u{1}\u{7f}<&>'😀" }).unwrap()
+        environment
+            .render_str(
+                source,
+                minijinja::context! { tool => minijinja::value::Serde(tool), text => "é \"\\\n\u{1}\u{7f}<&>'😀" },
+            )
+            .unwrap()
     }
 
     // The expected texts are what Python 3.11's json.dumps gives.
@@ -198,10 +203,7 @@ mod tests {
     #[test]
     fn texts_are_escaped_as_python_escapes_them() {
         assert_eq!(render("{{ text | tojson }}"), "\"é \\\"\\\\\\n\\u0001\u{7f}<&>'😀\"");
-        assert_eq!(
-            render("{{ text | tojson(ensure_ascii=true) }}"),
-            r#""\u00e9 \"\\\n\u0001\u007f<&>'\ud83d\ude00""#
-        );
+        assert_eq!(render("{{ text | tojson(ensure_ascii=true) }}"), r#""\u00e9 \"\\\n\u0001\u007f<&>'\ud83d\ude00""#);
     }
 
     #[test]
