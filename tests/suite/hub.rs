@@ -393,7 +393,10 @@ async fn names_that_are_no_models_are_refused() {
     std::fs::write(&file, "").unwrap();
     let resolve = |model: PathBuf| async move {
         let model = model.to_str().unwrap().to_owned();
-        ModelFiles::resolve(&model, HubOptions { offline: true, ..HubOptions::default() }).await.unwrap_err().to_string()
+        ModelFiles::resolve(&model, HubOptions { offline: true, ..HubOptions::default() })
+            .await
+            .unwrap_err()
+            .to_string()
     };
     for name in ["gpt2", "./no/such/dir", "a/b/c", ""] {
         let error = resolve(PathBuf::from(name)).await;
