@@ -6,7 +6,7 @@
 //!
 //! **Replays are exact.** Token `n`'s random number is a function of the seed and `n` alone, so a generation that is
 //! taken up again after its first `n` tokens goes on as it would have. Penalties are computed in `f32` on the logits as
-//! they come, as transformers does; weights, sums and the draw in `f64` with an exponential of our own ([`exact`]), so
+//! they come, as transformers does; weights, sums and the draw in `f64` with an exponential of our own (`sampling/exact.rs`), so
 //! that equal logits give equal tokens on every machine.
 
 mod exact;

@@ -9,6 +9,9 @@ use super::{ConfigError, extension};
 /// Bytes that a settings file may have. There are some hundred settings; more than this is another file by mistake.
 const MAX_BYTES: u64 = 1 << 20;
 
+/// The top of a file; `None` for one of nothing but comments.
+type Entries = Option<Map<String, Value>>;
+
 /// One entry of a file.
 #[derive(Debug, PartialEq)]
 pub(super) struct Setting {
@@ -22,7 +25,7 @@ pub(super) struct Setting {
 pub(super) fn read(path: &Path) -> Result<Vec<Setting>, ConfigError> {
     let unreadable = |source| ConfigError::Unreadable { path: path.to_owned(), source };
     let syntax = |reason: String| ConfigError::Syntax { path: path.to_owned(), reason };
-    let parse: fn(&str) -> Result<Option<Map<String, Value>>, String> = match extension(path).as_str() {
+    let parse: fn(&str) -> Result<Entries, String> = match extension(path).as_str() {
         "yaml" | "yml" => |text| serde_saphyr::from_str(text).map_err(|error| error.to_string()),
         "toml" => |text| toml::from_str(text).map(Some).map_err(|error| error.to_string()),
         _ => return Err(ConfigError::Format { path: path.to_owned() }),

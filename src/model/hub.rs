@@ -10,7 +10,7 @@
 //!
 //! **Nothing is taken on trust.** The hub's file list gives size and SHA-256 of every weight file. What was downloaded
 //! is checked against it before it is used, and what was in the cache already is checked once
-//! ([`FileHashes`](super::fingerprint::FileHashes) remembers). A file that fails is removed, so that the next attempt
+//! ([`FileHashes`] remembers). A file that fails is removed, so that the next attempt
 //! starts clean. The list is kept beside the cached files, for the fingerprint and for starts without a network.
 
 mod access;

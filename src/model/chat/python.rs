@@ -46,9 +46,7 @@ pub(super) fn tojson(
     };
     arguments.assert_all_used()?;
     let json = serde_json::to_value(value).map_err(|error| invalid(&format!("tojson: {error}")))?;
-    let mut out = String::new();
-    layout.write(&json, 0, &mut out);
-    Ok(out)
+    Ok(layout.text_of(&json, 0))
 }
 
 fn invalid(message: &str) -> Error {
@@ -67,63 +65,48 @@ fn indent_of(indent: &Value) -> Result<String, Error> {
 }
 
 impl Layout {
-    fn write(&self, json: &Json, depth: usize, out: &mut String) {
+    fn text_of(&self, json: &Json, depth: usize) -> String {
         match json {
-            Json::Null => out.push_str("null"),
-            Json::Bool(true) => out.push_str("true"),
-            Json::Bool(false) => out.push_str("false"),
+            Json::Null => "null".to_owned(),
+            Json::Bool(value) => value.to_string(),
             Json::Number(number) => match number.as_f64() {
-                Some(float) if number.is_f64() => out.push_str(&float_text(float)),
-                _ => out.push_str(&number.to_string()),
+                Some(float) if number.is_f64() => float_text(float),
+                _ => number.to_string(),
             },
-            Json::String(text) => self.write_text(text, out),
+            Json::String(text) => self.quoted(text),
             Json::Array(items) => {
-                self.write_items(('[', ']'), items, depth, out, |item, out| self.write(item, depth + 1, out));
+                let items = items.iter().map(|item| self.text_of(item, depth + 1)).collect();
+                self.enclosed(('[', ']'), items, depth)
             }
             Json::Object(object) => {
                 let mut entries: Vec<(&String, &Json)> = object.iter().collect();
                 if self.sort_keys {
                     entries.sort_by_key(|(key, _)| *key);
                 }
-                self.write_items(('{', '}'), &entries, depth, out, |(key, item), out| {
-                    self.write_text(key, out);
-                    out.push_str(&self.key_separator);
-                    self.write(item, depth + 1, out);
-                });
+                let entry = |(key, item): (&String, &Json)| {
+                    format!("{}{}{}", self.quoted(key), self.key_separator, self.text_of(item, depth + 1))
+                };
+                self.enclosed(('{', '}'), entries.into_iter().map(entry).collect(), depth)
             }
         }
     }
 
-    fn write_items<T>(
-        &self,
-        (open, close): (char, char),
-        items: &[T],
-        depth: usize,
-        out: &mut String,
-        mut write: impl FnMut(&T, &mut String),
-    ) {
-        out.push(open);
-        for (index, item) in items.iter().enumerate() {
-            if index > 0 {
-                out.push_str(&self.item_separator);
-            }
-            self.new_line(depth + 1, out);
-            write(item, out);
+    fn enclosed(&self, (open, close): (char, char), items: Vec<String>, depth: usize) -> String {
+        if items.is_empty() {
+            return format!("{open}{close}");
         }
-        if !items.is_empty() {
-            self.new_line(depth, out);
-        }
-        out.push(close);
+        let (inner, outer) = (self.new_line(depth + 1), self.new_line(depth));
+        let items = items.join(&format!("{}{inner}", self.item_separator));
+        format!("{open}{inner}{items}{outer}{close}")
     }
 
-    fn new_line(&self, depth: usize, out: &mut String) {
-        if let Some(indent) = &self.indent {
-            out.push('\n');
-            (0..depth).for_each(|_| out.push_str(indent));
-        }
+    /// A line break and the indent of a level; nothing where everything is on one line.
+    fn new_line(&self, depth: usize) -> String {
+        self.indent.as_ref().map(|indent| format!("\n{}", indent.repeat(depth))).unwrap_or_default()
     }
 
-    fn write_text(&self, text: &str, out: &mut String) {
+    fn quoted(&self, text: &str) -> String {
+        let mut out = String::with_capacity(text.len() + 2);
         out.push('"');
         for character in text.chars() {
             match character {
@@ -145,6 +128,7 @@ impl Layout {
             }
         }
         out.push('"');
+        out
     }
 }
 
