@@ -1,1 +1,221 @@
-//! To be written.
+//! A checkpoint on disk: a folder with `config.json` and safetensors files, as on the Hugging Face hub.
+//!
+//! A node needs the tensors of its span and nothing else, so opening a checkpoint reads only `config.json` and, where
+//! there are several files, their index. A file's header is read when the first of its tensors is asked for, and a
+//! tensor's bytes when it is.
+//!
+//! Bytes are read with positional reads rather than through a memory map. A map needs `unsafe`, because the file may
+//! change under it: one that is truncated later kills the process with SIGBUS, which here is an error. Resident memory
+//! is then what was asked for, which makes it easy to state and to test.
+
+mod error;
+mod shard;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+pub use error::CheckpointError;
+use shard::Shard;
+
+use super::{Dtype, family, spec::ModelSpec};
+
+const CONFIG: &str = "config.json";
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+/// Far above any configuration or index; keeps a wrong file from being read into memory.
+const MAX_JSON_BYTES: u64 = 64 << 20;
+/// Prefixes that some checkpoints have and others lack: the base model is saved without them.
+const OPTIONAL_PREFIXES: [&str; 1] = ["model."];
+
+/// A tensor as it is stored.
+#[derive(Debug, Clone)]
+pub struct TensorData {
+    /// How a value is stored.
+    pub dtype: Dtype,
+    /// The shape that was asked for and found.
+    pub shape: Vec<usize>,
+    /// The values, row-major and little-endian.
+    pub bytes: Vec<u8>,
+}
+
+/// An opened checkpoint. Reading takes `&self`, and may happen from several threads.
+#[derive(Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    spec: ModelSpec,
+    layout: Layout,
+    /// Headers that have been read, by file name.
+    shards: Mutex<BTreeMap<String, Arc<Shard>>>,
+}
+
+#[derive(Debug)]
+enum Layout {
+    Single,
+    /// File by tensor.
+    Sharded(BTreeMap<String, String>),
+}
+
+#[derive(serde::Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Opens the checkpoint in `dir`, reading its configuration and, if it has one, its index.
+    ///
+    /// # Errors
+    /// The folder or `config.json` is missing, the model isn't supported, or there are no safetensors files.
+    pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
+        if !dir.is_dir() {
+            return Err(CheckpointError::NoDirectory { dir: dir.to_owned() });
+        }
+        let path = dir.join(CONFIG);
+        let text = read_json(&path)?.ok_or_else(|| CheckpointError::NoConfig { dir: dir.to_owned() })?;
+        let spec = family::read_config(&text).map_err(|source| CheckpointError::Config { path, source })?;
+        let layout = Layout::find(dir)?;
+        Ok(Self { dir: dir.to_owned(), spec, layout, shards: Mutex::default() })
+    }
+
+    /// What the model computes.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// All weight files, by name; they make up the model's identity.
+    ///
+    /// # Errors
+    /// The index names a file that isn't in the folder.
+    pub fn weight_files(&self) -> Result<Vec<PathBuf>, CheckpointError> {
+        let names: BTreeSet<&str> = match &self.layout {
+            Layout::Single => BTreeSet::from([SINGLE]),
+            Layout::Sharded(files) => files.values().map(String::as_str).collect(),
+        };
+        let path = |name: &str| {
+            let path = self.dir.join(name);
+            if path.is_file() { Ok(path) } else { Err(self.missing_shard(name)) }
+        };
+        names.into_iter().map(path).collect()
+    }
+
+    /// Reads the bytes of one tensor, and checks that it has the shape `expected`.
+    ///
+    /// A name is found with and without the `model.` prefix.
+    ///
+    /// # Errors
+    /// No file has the tensor, its file is missing or broken, or its shape or dtype is not what it should be.
+    pub fn read(&self, name: &str, expected: &[usize]) -> Result<TensorData, CheckpointError> {
+        for name in spellings(name) {
+            let file = match &self.layout {
+                Layout::Single => SINGLE,
+                Layout::Sharded(files) => match files.get(&name) {
+                    Some(file) => file,
+                    None => continue,
+                },
+            };
+            let shard = self.shard(file)?;
+            if shard.has(&name) {
+                return shard.read(&name, expected);
+            }
+            if let Layout::Sharded(_) = self.layout {
+                return Err(CheckpointError::MissingTensor { name, searched: self.dir.join(file) });
+            }
+        }
+        let searched = match &self.layout {
+            Layout::Single => SINGLE,
+            Layout::Sharded(_) => INDEX,
+        };
+        Err(CheckpointError::MissingTensor { name: name.to_owned(), searched: self.dir.join(searched) })
+    }
+
+    fn shard(&self, file: &str) -> Result<Arc<Shard>, CheckpointError> {
+        let mut shards = self.shards.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(shard) = shards.get(file) {
+            return Ok(shard.clone());
+        }
+        let path = self.dir.join(file);
+        let shard = match Shard::open(&path) {
+            Err(CheckpointError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                return Err(self.missing_shard(file));
+            }
+            opened => Arc::new(opened?),
+        };
+        shards.insert(file.to_owned(), shard.clone());
+        Ok(shard)
+    }
+
+    fn missing_shard(&self, file: &str) -> CheckpointError {
+        let named_by = match &self.layout {
+            Layout::Single => CONFIG,
+            Layout::Sharded(_) => INDEX,
+        };
+        CheckpointError::MissingShard { path: self.dir.join(file), named_by: named_by.to_owned() }
+    }
+}
+
+impl Layout {
+    fn find(dir: &Path) -> Result<Self, CheckpointError> {
+        let path = dir.join(INDEX);
+        if let Some(text) = read_json(&path)? {
+            let index: Index = serde_json::from_str(&text)
+                .map_err(|error| CheckpointError::BadIndex { path: path.clone(), reason: error.to_string() })?;
+            if index.weight_map.is_empty() {
+                return Err(CheckpointError::BadIndex { path, reason: "it names no tensors".into() });
+            }
+            // A file elsewhere than beside the index would let a downloaded index read any file.
+            if let Some(file) = index.weight_map.values().find(|file| !is_plain_name(file)) {
+                return Err(CheckpointError::BadIndex { path, reason: format!("{file:?} is not a plain file name") });
+            }
+            return Ok(Self::Sharded(index.weight_map));
+        }
+        if dir.join(SINGLE).exists() {
+            return Ok(Self::Single);
+        }
+        let old = fs::read_dir(dir)
+            .map_err(|source| CheckpointError::Io { path: dir.to_owned(), source })?
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|path| path.extension().is_some_and(|extension| extension == "bin" || extension == "pth"))
+            .min();
+        Err(match old {
+            Some(found) => CheckpointError::OldFormat { found },
+            None => CheckpointError::NoWeights { dir: dir.to_owned() },
+        })
+    }
+}
+
+/// The names under which a tensor may be stored.
+fn spellings(name: &str) -> Vec<String> {
+    let mut names = vec![name.to_owned()];
+    names.extend(OPTIONAL_PREFIXES.iter().filter_map(|prefix| name.strip_prefix(prefix)).map(str::to_owned));
+    names
+}
+
+fn is_plain_name(file: &str) -> bool {
+    Path::new(file).file_name().is_some_and(|name| name == file)
+}
+
+/// The text of a JSON file; `None` if there is no such file.
+fn read_json(path: &Path) -> Result<Option<String>, CheckpointError> {
+    let io_error = |source| CheckpointError::Io { path: path.to_owned(), source };
+    let length = match fs::metadata(path) {
+        Ok(metadata) => metadata.len(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(io_error(error)),
+    };
+    if length > MAX_JSON_BYTES {
+        return Err(io_error(io::Error::other(format!("{length} bytes are too many for a JSON file"))));
+    }
+    fs::read_to_string(path).map(Some).map_err(io_error)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,128 @@
+//! One safetensors file: its header, and reads of single tensors.
+//!
+//! Layout: the header's length as a little-endian `u64`, the header as JSON, the tensors' bytes. Nothing of it is
+//! trusted: lengths and offsets are checked against the file before anything is allocated.
+
+use std::{
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+};
+
+use safetensors::{Dtype as StoredDtype, tensor::Metadata};
+
+use super::{CheckpointError, TensorData};
+use crate::model::Dtype;
+
+const LENGTH_BYTES: u64 = 8;
+/// The format's own limit.
+const MAX_HEADER_BYTES: u64 = 100_000_000;
+
+/// An open file and its header.
+#[derive(Debug)]
+pub(super) struct Shard {
+    path: PathBuf,
+    file: File,
+    header: Metadata,
+    /// Where the tensors' bytes begin.
+    data_start: u64,
+}
+
+impl Shard {
+    pub(super) fn open(path: &Path) -> Result<Self, CheckpointError> {
+        let io_error = |source| CheckpointError::Io { path: path.to_owned(), source };
+        let truncated = |found, expected| CheckpointError::Truncated { path: path.to_owned(), found, expected };
+        let bad = |reason: String| CheckpointError::BadHeader { path: path.to_owned(), reason };
+
+        let file = File::open(path).map_err(io_error)?;
+        let length = file.metadata().map_err(io_error)?.len();
+        if length < LENGTH_BYTES {
+            return Err(truncated(length, LENGTH_BYTES));
+        }
+        let mut prefix = [0; LENGTH_BYTES as usize];
+        read_at(&file, &mut prefix, 0).map_err(io_error)?;
+        let header_length = u64::from_le_bytes(prefix);
+        if header_length > MAX_HEADER_BYTES {
+            return Err(bad(format!(
+                "it claims a header of {header_length} bytes, and {MAX_HEADER_BYTES} are allowed"
+            )));
+        }
+        let data_start = LENGTH_BYTES + header_length;
+        if data_start > length {
+            return Err(truncated(length, data_start));
+        }
+        let mut header = vec![0; header_length as usize];
+        read_at(&file, &mut header, LENGTH_BYTES).map_err(io_error)?;
+        // The crate's `read_metadata` wants the whole file in memory. Its checks run here too: the tensors follow each
+        // other without gaps, and each is as long as its shape and dtype say.
+        let header: Metadata = serde_json::from_slice(&header).map_err(|error| bad(error.to_string()))?;
+        let expected = data_start.saturating_add(header.data_len() as u64);
+        if expected > length {
+            return Err(truncated(length, expected));
+        }
+        if expected < length {
+            return Err(bad(format!("{} bytes follow the last tensor", length - expected)));
+        }
+        Ok(Self { path: path.to_owned(), file, header, data_start })
+    }
+
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.header.info(name).is_some()
+    }
+
+    /// Number of tensors.
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.header.offset_keys().len()
+    }
+
+    pub(super) fn read(&self, name: &str, expected: &[usize]) -> Result<TensorData, CheckpointError> {
+        let missing = || CheckpointError::MissingTensor { name: name.to_owned(), searched: self.path.clone() };
+        let info = self.header.info(name).ok_or_else(missing)?;
+        let dtype = match info.dtype {
+            StoredDtype::F32 => Dtype::F32,
+            StoredDtype::BF16 => Dtype::Bf16,
+            StoredDtype::F16 => Dtype::F16,
+            other => {
+                return Err(CheckpointError::WrongDtype {
+                    name: name.to_owned(),
+                    path: self.path.clone(),
+                    dtype: format!("{other:?}"),
+                });
+            }
+        };
+        if info.shape != expected {
+            return Err(CheckpointError::WrongShape {
+                name: name.to_owned(),
+                path: self.path.clone(),
+                found: info.shape.clone(),
+                expected: expected.to_vec(),
+            });
+        }
+        // `open` has checked that the range lies in the file and is as long as shape and dtype say.
+        let (start, end) = info.data_offsets;
+        let mut bytes = vec![0; end - start];
+        read_at(&self.file, &mut bytes, self.data_start + start as u64)
+            .map_err(|source| CheckpointError::Io { path: self.path.clone(), source })?;
+        Ok(TensorData { dtype, shape: info.shape.clone(), bytes })
+    }
+}
+
+#[cfg(unix)]
+fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, buffer, offset)
+}
+
+#[cfg(windows)]
+fn read_at(file: &File, mut buffer: &mut [u8], mut offset: u64) -> io::Result<()> {
+    while !buffer.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, buffer, offset)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            read => {
+                buffer = &mut buffer[read..];
+                offset += read as u64;
+            }
+        }
+    }
+    Ok(())
+}
