@@ -1,1 +1,346 @@
-//! To be written.
+//! Running blocks: the span of a node, its KV cache, and the batcher between the two; and the edges for a client.
+//!
+//! # Ragged batches
+//!
+//! The engine works on `[rows, hidden]`: the tokens of all steps that are ready, of all sessions, laid end to end without
+//! padding. Linear layers see one matrix. Attention knows which rows belong to which lane, and at which positions, and
+//! reads each lane's own pages. So prefill, decode, speculative runs and rollback are one code path, and they share a pass.
+//!
+//! ```text
+//! sessions ─ Job ─► desk ─► batcher: pages, shares of the budget ─► pass: block, block, … ─► done(cache, output)
+//! ```
+//!
+//! # Exact
+//!
+//! On the CPU a row's result depends on its lane and on nothing else: not on the other rows of the pass, not on how
+//! the prompt was cut into steps or passes, and not on how the model is cut into spans. The first two hold because every
+//! sum is taken in one order (`engine/product.rs`, `engine/attention.rs`), the last because the residual stream is rounded to the
+//! session's wire format after every block, whether or not it travels. All three hold bit for bit, for one checkpoint,
+//! engine dtype, wire dtype and width of the machine's vectors, and are tested in f32, bf16 and f16.
+//!
+//! Weights and the KV cache are kept in the engine's dtype; norms and biases, which are small, in f32. What is computed
+//! inside a block is in f32.
+//!
+//! # Pages
+//!
+//! The KV cache is allocated at start, in pages of [`PAGE_TOKENS`] tokens. A [`Cache`] owns the pages of one session and
+//! gives them back when it is dropped. Pages for a whole step are taken before it begins; a step that can't get them
+//! waits in order until its deadline, sessions that run before new ones, and new ones leave one part in
+//! [`WATERMARK_SHARE`] of the pool free.
+//!
+//! # Threads
+//!
+//! One thread runs the batcher and the passes. It belongs to a pool with a thread for each core, of which large products
+//! use the others; a small model's step never leaves its thread.
+
+mod attention;
+mod batcher;
+mod block;
+mod cache;
+mod edges;
+mod hidden;
+mod job;
+mod linear;
+mod load;
+mod norm;
+mod pages;
+mod pass;
+mod planes;
+mod product;
+mod rope;
+mod schedule;
+mod tensor;
+
+use std::{
+    collections::BTreeSet,
+    io,
+    ops::Range,
+    sync::{Arc, atomic::Ordering},
+    time::Instant,
+};
+
+use batcher::Batcher;
+pub use cache::Cache;
+use cache::{Desk, Pending};
+pub use edges::{EdgeError, Edges, EdgesOptions};
+pub use hidden::{HiddenStates, WrongLength};
+pub use job::{Job, Keep, Place, StepError, StepOutput};
+pub use load::LoadError;
+use load::Source;
+pub use pages::{LaneRun, PAGE_TOKENS, WATERMARK_SHARE};
+use pass::Span;
+use planes::KvPlanes;
+
+use crate::model::{Dtype, checkpoint::Checkpoint, spec::ModelSpec};
+
+/// Where blocks and edges run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DeviceChoice {
+    /// The best that this build and this machine have.
+    #[default]
+    Auto,
+    /// The processor.
+    Cpu,
+    /// A CUDA device.
+    Cuda(usize),
+}
+
+impl DeviceChoice {
+    /// Fails if this build can't run there.
+    fn check(self) -> Result<(), LoadError> {
+        match self {
+            Self::Auto | Self::Cpu => Ok(()),
+            Self::Cuda(index) => Err(LoadError::Device(format!(
+                "device cuda:{index} was asked for, and this build runs on the CPU only: use --device cpu or auto"
+            ))),
+        }
+    }
+}
+
+/// How to load a span.
+#[derive(Debug, Clone)]
+pub struct EngineOptions {
+    /// The blocks.
+    pub span: Range<usize>,
+    /// What weights and KV cache are kept in.
+    pub dtype: Dtype,
+    /// Where the blocks run.
+    pub device: DeviceChoice,
+    /// Size of the KV cache, over all sessions; rounded down to whole pages.
+    pub cache_tokens: usize,
+    /// Rows of one pass. Fewer keep decode steps from waiting for prompts, more use the weights better.
+    pub batch_tokens: usize,
+    /// Jobs that may wait. Each holds its hidden states, so this bounds memory, too.
+    pub queue: usize,
+}
+
+impl EngineOptions {
+    /// Options for `span` in `dtype`: on the best device, 8192 tokens of cache, passes of 512 rows, 256 jobs waiting.
+    pub fn new(span: Range<usize>, dtype: Dtype) -> Self {
+        Self { span, dtype, device: DeviceChoice::Auto, cache_tokens: 8192, batch_tokens: 512, queue: 256 }
+    }
+}
+
+/// A loaded span and its KV cache. Clones are handles to the same one; it ends with the last of them.
+#[derive(Clone)]
+pub struct Engine {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    desk: Arc<Desk>,
+    spec: ModelSpec,
+    span: Range<usize>,
+    dtype: Dtype,
+    loaded_bytes: u64,
+    queue: usize,
+}
+
+/// How busy an engine is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EngineLoad {
+    /// Tokens that the free pages have room for.
+    pub cache_tokens_left: usize,
+    /// Tokens that all pages have room for.
+    pub cache_tokens_total: usize,
+    /// Jobs that haven't begun.
+    pub queue: usize,
+    /// Steps that were computed since the start.
+    pub steps: u64,
+    /// Rows of these.
+    pub tokens: u64,
+}
+
+impl Engine {
+    /// Loads a span, block by block; of the checkpoint only its tensors are read. `progress` is called with the blocks
+    /// that are done and their number.
+    ///
+    /// # Errors
+    /// The model has no such blocks, a tensor can't be read, or the device or the cache's size is impossible.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        options: EngineOptions,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self, LoadError> {
+        let EngineOptions { span, dtype, device, cache_tokens, batch_tokens, queue } = options;
+        device.check()?;
+        let spec = checkpoint.spec().clone();
+        if span.is_empty() || span.end > spec.num_blocks() {
+            return Err(LoadError::Span { start: span.start, end: span.end, blocks: spec.num_blocks() });
+        }
+        let pages = check_cache(&spec, &span, dtype, cache_tokens)?;
+        let mut source = Source::new(checkpoint, dtype);
+        let blocks = Span::load(&spec, span.clone(), (dtype, pages as usize), &mut source, progress)?;
+        let loaded_bytes = source.loaded_bytes;
+        let desk = Arc::new(Desk::new(pages));
+        let batcher = Batcher::new(desk.clone(), blocks, batch_tokens);
+        // What was spawned keeps the pool alive. The batcher is one of its workers, so that it can share a product with
+        // the others without handing over and waking up.
+        rayon::ThreadPoolBuilder::new()
+            .thread_name(|index| format!("engine-{index}"))
+            .build()
+            .map_err(|error| LoadError::Threads(io::Error::other(error)))?
+            .spawn(move || batcher.run());
+        Ok(Self { shared: Arc::new(Shared { desk, spec, span, dtype, loaded_bytes, queue }) })
+    }
+
+    /// What the model computes.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.shared.spec
+    }
+
+    /// The blocks that are loaded.
+    pub fn span(&self) -> Range<usize> {
+        self.shared.span.clone()
+    }
+
+    /// What weights and KV cache are kept in.
+    pub fn dtype(&self) -> Dtype {
+        self.shared.dtype
+    }
+
+    /// Bytes that the span's weights take in memory; matrices in the engine's dtype, norms and biases in f32.
+    pub fn loaded_bytes(&self) -> u64 {
+        self.shared.loaded_bytes
+    }
+
+    /// An empty KV cache for one session that runs through `blocks`.
+    ///
+    /// # Errors
+    /// `blocks` is not a part of the span.
+    pub fn cache(&self, blocks: Range<usize>) -> Result<Cache, StepError> {
+        let span = self.span();
+        if blocks.is_empty() || blocks.start < span.start || blocks.end > span.end {
+            return Err(StepError::WrongBlocks { asked: blocks, span });
+        }
+        Ok(Cache::new(self.shared.desk.clone(), blocks))
+    }
+
+    /// Hands a step in. Never blocks; the answer comes through the job's `done`, at once where the job is refused.
+    pub fn submit(&self, job: Job) {
+        let submitted = Instant::now();
+        let refusal = self.check(&job, submitted).err().or_else(|| {
+            let state = self.shared.desk.lock();
+            let table = &job.cache.table;
+            let possible = state.pages.could_ever(batcher::claim_of(table), table.held(), table.needed(&job.lanes));
+            (!possible).then(|| batcher::cache_full(&state, &job))
+        });
+        if let Some(error) = refusal {
+            return batcher::refuse(job, error);
+        }
+        let mut state = self.shared.desk.lock();
+        if state.queued >= self.shared.queue {
+            drop(state);
+            return batcher::refuse(job, StepError::QueueFull { limit: self.shared.queue });
+        }
+        state.queued += 1;
+        state.arrivals.push_back(Pending { job, submitted, starved: false });
+        drop(state);
+        self.shared.desk.notify();
+    }
+
+    /// How busy the engine is now.
+    pub fn load_now(&self) -> EngineLoad {
+        let desk = &self.shared.desk;
+        let state = desk.lock();
+        EngineLoad {
+            cache_tokens_left: state.pages.free() * PAGE_TOKENS,
+            cache_tokens_total: state.pages.total() * PAGE_TOKENS,
+            queue: state.queued,
+            steps: desk.steps.load(Ordering::Relaxed),
+            tokens: desk.tokens.load(Ordering::Relaxed),
+        }
+    }
+
+    /// What can be found wrong with a job before it runs.
+    fn check(&self, job: &Job, now: Instant) -> Result<(), StepError> {
+        let bad = |reason: String| Err(StepError::BadShape(reason));
+        let Job { cache, lanes, hidden, .. } = job;
+        if !Arc::ptr_eq(&cache.desk, &self.shared.desk) {
+            return bad("its cache belongs to another engine".into());
+        }
+        if !hidden.has_right_length() {
+            return bad(format!(
+                "{} bytes are not {} rows of {} numbers",
+                hidden.bytes.len(),
+                hidden.rows,
+                hidden.hidden
+            ));
+        }
+        if hidden.hidden != self.shared.spec.hidden_size {
+            return bad(format!(
+                "rows are {} wide, and the model's are {}",
+                hidden.hidden, self.shared.spec.hidden_size
+            ));
+        }
+        let mut seen = BTreeSet::new();
+        let mut rows = 0usize;
+        for run in lanes {
+            if run.tokens == 0 {
+                return bad(format!("lane {} has no tokens", run.lane));
+            }
+            if !seen.insert(run.lane) {
+                return bad(format!("lane {} appears twice", run.lane));
+            }
+            rows = rows.saturating_add(run.tokens);
+        }
+        if rows != hidden.rows || rows == 0 {
+            return bad(format!("the lanes have {rows} tokens, and there are {} rows", hidden.rows));
+        }
+        for run in lanes {
+            let (end, limit) = (cache.end(run.lane), self.shared.spec.max_context);
+            if run.position > end {
+                return Err(StepError::WrongPosition { lane: run.lane, position: run.position, end });
+            }
+            if run.end() > limit {
+                return Err(StepError::ContextExceeded { lane: run.lane, tokens: run.end(), limit });
+            }
+        }
+        if let Some(row) = hidden.first_non_finite() {
+            return Err(StepError::NonFinite { row, place: Place::Input });
+        }
+        if batcher::is_cancelled(job) {
+            return Err(StepError::Cancelled);
+        }
+        if job.deadline <= now {
+            return Err(StepError::Deadline);
+        }
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine")
+            .field("model_type", &self.shared.spec.model_type)
+            .field("span", &self.shared.span)
+            .field("dtype", &self.shared.dtype)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.desk.lock().closed = true;
+        self.desk.notify();
+    }
+}
+
+/// Pages for `tokens` tokens, after making sure that the system has the address space for them: an allocation that
+/// fails later would end the process.
+fn check_cache(spec: &ModelSpec, span: &Range<usize>, dtype: Dtype, tokens: usize) -> Result<u32, LoadError> {
+    let pages = tokens / PAGE_TOKENS;
+    let sizes = spec.blocks[span.clone()].iter().map(|block| {
+        let attention = &block.attention;
+        KvPlanes::size_in_bytes(dtype, pages, attention.kv_heads, attention.head_size)
+    });
+    let bytes = sizes.sum::<Option<usize>>().unwrap_or(usize::MAX);
+    let fits = Vec::<u8>::new().try_reserve_exact(bytes).is_ok();
+    match u32::try_from(pages) {
+        Ok(pages) if pages > 0 && fits => Ok(pages),
+        _ => Err(LoadError::Cache { tokens, bytes }),
+    }
+}
+
+#[cfg(test)]
+mod tests;

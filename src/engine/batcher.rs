@@ -1,0 +1,323 @@
+//! The batcher: one thread that takes the steps of all sessions and runs them together.
+//!
+//! It goes round and round: fetch what arrived, drop what nobody wants, give pages to those that wait for them, divide
+//! the budget among the steps that are ready, run a pass, answer the steps that are finished.
+
+use std::{
+    any::Any,
+    collections::VecDeque,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use super::{
+    cache::{Cache, Desk, DeskState, Pending},
+    hidden::{self, HiddenStates},
+    job::{Job, Keep, Place, StepError, StepOutput},
+    pages::{Claim, LaneRun, LaneTable, PAGE_TOKENS},
+    pass::{NonFinite, Outcome, Piece, Segment, Span},
+    schedule,
+};
+
+/// How often a step that waits for pages is asked whether it is still wanted; nobody rings when it isn't.
+const CANCEL_CHECK: Duration = Duration::from_millis(100);
+
+pub(super) struct Batcher {
+    desk: Arc<Desk>,
+    span: Span,
+    /// Rows of one pass.
+    budget: usize,
+    /// Steps that have no pages yet.
+    waiting: VecDeque<Pending>,
+    /// Steps that have all their pages.
+    ready: Vec<Active>,
+}
+
+/// A step that has its pages.
+struct Active {
+    job: Job,
+    submitted: Instant,
+    /// When its first pass began.
+    began: Option<Instant>,
+    /// Rows that have been through.
+    done: usize,
+    /// Rows that are wanted, encoded.
+    output: Vec<u8>,
+    computed: Duration,
+}
+
+impl Batcher {
+    pub(super) fn new(desk: Arc<Desk>, span: Span, budget: usize) -> Self {
+        Self { desk, span, budget, waiting: VecDeque::new(), ready: Vec::new() }
+    }
+
+    /// Works until the engine is closed.
+    pub(super) fn run(mut self) {
+        while self.fetch() {
+            self.discard();
+            let left: Vec<usize> = self.ready.iter().map(Active::rows_left).collect();
+            let shares = schedule::divide(&left, self.budget);
+            if !shares.is_empty() {
+                self.pass(&shares);
+            }
+        }
+        let jobs = self.waiting.into_iter().map(|pending| pending.job).chain(self.ready.into_iter().map(|a| a.job));
+        for job in jobs {
+            refuse(job, StepError::Cancelled);
+        }
+    }
+
+    /// Takes in new steps and gives out pages; waits while there is nothing to do. False once the engine is closed.
+    fn fetch(&mut self) -> bool {
+        let desk = self.desk.clone();
+        let mut state = desk.lock();
+        loop {
+            self.waiting.append(&mut state.arrivals);
+            if state.closed {
+                return false;
+            }
+            self.admit(&mut state);
+            if !self.ready.is_empty() {
+                return true;
+            }
+            let now = Instant::now();
+            if self.waiting.iter().any(|pending| is_stale(&pending.job, now)) {
+                return true;
+            }
+            let first_deadline = self.waiting.iter().map(|pending| pending.job.deadline).min();
+            state = desk.wait(state, first_deadline.map(|deadline| deadline.min(now + CANCEL_CHECK)));
+        }
+    }
+
+    /// Gives pages to the steps that wait for them: first of sessions that run, then of new ones, each kind in order.
+    /// One that can't get its pages holds up those behind it, or it might wait for ever.
+    fn admit(&mut self, state: &mut DeskState) {
+        for claim in [Claim::Running, Claim::New] {
+            let mut index = 0;
+            while index < self.waiting.len() {
+                let pending = &mut self.waiting[index];
+                let table = &pending.job.cache.table;
+                if claim_of(table) != claim {
+                    index += 1;
+                    continue;
+                }
+                let Some(pages) = state.pages.take(claim, table.needed(&pending.job.lanes)) else {
+                    pending.starved = true;
+                    return;
+                };
+                if let Some(Pending { mut job, submitted, .. }) = self.waiting.remove(index) {
+                    job.cache.table.extend(&job.lanes, pages);
+                    self.ready.push(Active {
+                        job,
+                        submitted,
+                        began: None,
+                        done: 0,
+                        output: Vec::new(),
+                        computed: Duration::ZERO,
+                    });
+                }
+            }
+        }
+    }
+
+    /// Answers the steps that are cancelled or too late.
+    fn discard(&mut self) {
+        let now = Instant::now();
+        let mut refused: Vec<(Job, StepError)> = Vec::new();
+        let mut index = 0;
+        while index < self.waiting.len() {
+            if is_stale(&self.waiting[index].job, now)
+                && let Some(pending) = self.waiting.remove(index)
+            {
+                let error = if is_cancelled(&pending.job) {
+                    StepError::Cancelled
+                } else if pending.starved {
+                    cache_full(&self.desk.lock(), &pending.job)
+                } else {
+                    StepError::Deadline
+                };
+                self.desk.lock().queued -= 1;
+                refused.push((pending.job, error));
+            } else {
+                index += 1;
+            }
+        }
+        let stale =
+            |active: &mut Active| is_cancelled(&active.job) || (active.began.is_none() && active.job.deadline <= now);
+        for active in self.ready.extract_if(.., stale) {
+            if active.began.is_none() {
+                self.desk.lock().queued -= 1;
+            }
+            let error = if is_cancelled(&active.job) { StepError::Cancelled } else { StepError::Deadline };
+            let mut job = active.job;
+            // A step that hasn't begun has overwritten nothing: its lanes keep their ends.
+            let superfluous =
+                if active.began.is_some() { job.cache.table.abandon(&job.lanes) } else { job.cache.table.release() };
+            self.desk.give_back(superfluous);
+            refused.push((job, error));
+        }
+        for (job, error) in refused {
+            refuse(job, error);
+        }
+    }
+
+    fn pass(&mut self, shares: &[schedule::Share]) {
+        let began = Instant::now();
+        for share in shares {
+            let active = &mut self.ready[share.step];
+            if active.began.is_none() {
+                active.began = Some(began);
+                self.desk.lock().queued -= 1;
+            }
+        }
+        let segments: Vec<Segment<'_>> =
+            shares.iter().map(|share| self.ready[share.step].segment(share.rows)).collect();
+        let span = &mut self.span;
+        let outcomes = catch_unwind(AssertUnwindSafe(|| span.run(&segments)));
+        drop(segments);
+        let took = began.elapsed();
+        let results: Vec<Result<Outcome, String>> = match outcomes {
+            Ok(Ok(outcomes)) => outcomes.into_iter().map(Ok).collect(),
+            Ok(Err(error)) => shares.iter().map(|_| Err(error.to_string())).collect(),
+            Err(panic) => {
+                let message = panic_message(&*panic);
+                tracing::error!(message, "a pass panicked; its steps fail and the engine goes on");
+                shares.iter().map(|_| Err(message.clone())).collect()
+            }
+        };
+
+        // From the back, so that a removal doesn't move the steps that are still to come.
+        let mut finished = Vec::new();
+        for (share, result) in shares.iter().zip(results).rev() {
+            let active = &mut self.ready[share.step];
+            active.computed += took;
+            match result {
+                Ok(Ok(rows)) => {
+                    active.take_output(share.rows, &rows);
+                    if active.rows_left() == 0 {
+                        finished.push((self.ready.remove(share.step), None));
+                    }
+                }
+                Ok(Err(NonFinite { row, block })) => {
+                    let error = StepError::NonFinite { row: active.done + row, place: Place::Block(block) };
+                    finished.push((self.ready.remove(share.step), Some(error)));
+                }
+                Err(message) => finished.push((self.ready.remove(share.step), Some(StepError::Internal(message)))),
+            }
+        }
+        for (active, error) in finished.into_iter().rev() {
+            self.finish(active, error);
+        }
+    }
+
+    fn finish(&self, active: Active, error: Option<StepError>) {
+        let Active { mut job, submitted, began, output, computed, .. } = active;
+        let table = &mut job.cache.table;
+        let superfluous = if error.is_some() { table.abandon(&job.lanes) } else { table.commit(&job.lanes) };
+        if !superfluous.is_empty() {
+            self.desk.give_back(superfluous);
+        }
+        if let Some(error) = error {
+            return refuse(job, error);
+        }
+        self.desk.count(job.hidden.rows);
+        let HiddenStates { dtype, hidden, .. } = job.hidden;
+        let rows = output.len() / (hidden * dtype.size_in_bytes());
+        let queued = began.map_or(Duration::ZERO, |began| began - submitted);
+        let hidden = HiddenStates { dtype, rows, hidden, bytes: output.into() };
+        answer(job.done, job.cache, Ok(StepOutput { hidden, queued, computed }));
+    }
+}
+
+impl Active {
+    fn rows_left(&self) -> usize {
+        self.job.hidden.rows - self.done
+    }
+
+    /// The next `rows` rows.
+    fn segment(&self, rows: usize) -> Segment<'_> {
+        let pieces = pieces(&self.job.lanes, self.done, rows);
+        let table = &self.job.cache.table;
+        Segment {
+            blocks: self.job.cache.blocks(),
+            wire: self.job.hidden.dtype,
+            pieces: pieces
+                .map(|piece| Piece { position: piece.position, rows: piece.tokens, pages: table.pages(piece.lane) })
+                .collect(),
+            input: self.job.hidden.rows_to_f32(self.done, rows),
+        }
+    }
+
+    /// Keeps what is wanted of the output of the next `rows` rows.
+    fn take_output(&mut self, rows: usize, values: &[f32]) {
+        let HiddenStates { dtype, hidden: width, .. } = self.job.hidden;
+        match self.job.keep {
+            Keep::All => hidden::encode(dtype, values, &mut self.output),
+            Keep::Nothing => {}
+            Keep::LastOfEachLane => {
+                let mut end = 0;
+                for run in &self.job.lanes {
+                    end += run.tokens;
+                    if (self.done + 1..=self.done + rows).contains(&end) {
+                        let last = (end - 1 - self.done) * width;
+                        hidden::encode(dtype, &values[last..last + width], &mut self.output);
+                    }
+                }
+            }
+        }
+        self.done += rows;
+    }
+}
+
+/// The parts of `lanes` that lie in rows `first..first + count` of the step.
+fn pieces(lanes: &[LaneRun], first: usize, count: usize) -> impl Iterator<Item = LaneRun> {
+    let mut start = 0;
+    lanes.iter().filter_map(move |run| {
+        let (from, to) = (first.max(start), (first + count).min(start + run.tokens));
+        let position = run.position + from.saturating_sub(start);
+        start += run.tokens;
+        (from < to).then(|| LaneRun { lane: run.lane, position, tokens: to - from })
+    })
+}
+
+/// What a session is entitled to.
+pub(super) fn claim_of(table: &LaneTable) -> Claim {
+    if table.held() > 0 { Claim::Running } else { Claim::New }
+}
+
+/// Says that `job` can't get its pages.
+pub(super) fn cache_full(state: &DeskState, job: &Job) -> StepError {
+    StepError::CacheFull {
+        needed_tokens: job.cache.table.needed(&job.lanes).saturating_mul(PAGE_TOKENS),
+        free_tokens: state.pages.free() * PAGE_TOKENS,
+        total_tokens: state.pages.total() * PAGE_TOKENS,
+    }
+}
+
+pub(super) fn is_cancelled(job: &Job) -> bool {
+    job.cancelled.load(Ordering::Relaxed)
+}
+
+fn is_stale(job: &Job, now: Instant) -> bool {
+    is_cancelled(job) || job.deadline <= now
+}
+
+/// Answers a step that can't be done.
+pub(super) fn refuse(job: Job, error: StepError) {
+    answer(job.done, job.cache, Err(error));
+}
+
+type Done = Box<dyn FnOnce(Cache, Result<StepOutput, StepError>) + Send>;
+
+/// Calls `done`. A panic in it is somebody else's fault, and mustn't end the engine's thread.
+fn answer(done: Done, cache: Cache, result: Result<StepOutput, StepError>) {
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| done(cache, result))) {
+        tracing::error!(message = panic_message(&*panic), "the receiver of a step's result panicked");
+    }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic without a message".to_owned())
+}
