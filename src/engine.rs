@@ -14,7 +14,7 @@
 //!
 //! On the CPU a row's result depends on its lane and on nothing else: not on the other rows of the pass, not on how
 //! the prompt was cut into steps or passes, and not on how the model is cut into spans. The first two hold because every
-//! sum is taken in one order ([`product`], [`attention`]), the last because the residual stream is rounded to the
+//! sum is taken in one order (`engine/product.rs`, `engine/attention.rs`), the last because the residual stream is rounded to the
 //! session's wire format after every block, whether or not it travels. All three hold bit for bit, for one checkpoint,
 //! engine dtype, wire dtype and width of the machine's vectors, and are tested in f32, bf16 and f16.
 //!
@@ -341,3 +341,6 @@ fn check_cache(spec: &ModelSpec, span: &Range<usize>, dtype: Dtype, tokens: usiz
         _ => Err(LoadError::Cache { tokens, bytes }),
     }
 }
+
+#[cfg(test)]
+mod tests;

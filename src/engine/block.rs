@@ -59,21 +59,21 @@ impl Block {
         match self.residual {
             ResidualOrder::Sequential => {
                 let normed = self.attention_norm.forward(x)?;
-                let x = (x + self.attention.forward(&normed, batch.runs, batch.angles, cache)?)?;
+                let x = tensor::add(x, &self.attention.forward(&normed, batch.runs, batch.angles, cache)?)?;
                 let normed = self.ffn_norm.forward(&x)?;
-                round(&(&x + self.ffn.forward(&normed)?)?, batch.wires)
+                round(tensor::add(&x, &self.ffn.forward(&normed)?)?, batch.wires)
             }
         }
     }
 }
 
 /// Rounds each row to its wire format.
-fn round(x: &Tensor, wires: &[(usize, Dtype)]) -> Result<Tensor, TensorError> {
+fn round(x: Tensor, wires: &[(usize, Dtype)]) -> Result<Tensor, TensorError> {
     if wires.iter().all(|(_, dtype)| *dtype == Dtype::F32) {
-        return Ok(x.clone());
+        return Ok(x);
     }
     let (_, width) = x.dims2()?;
-    let mut values = tensor::with_f32(x, <[f32]>::to_vec)?;
+    let mut values = tensor::with_f32(&x, <[f32]>::to_vec)?;
     let mut rest = &mut values[..];
     for (rows, dtype) in wires {
         let (these, others) = rest.split_at_mut(rows * width);

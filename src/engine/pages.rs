@@ -196,7 +196,7 @@ mod tests {
         assert!(pool.take(Claim::New, 31).is_none());
         assert_eq!(pool.take(Claim::New, 30).unwrap().len(), 30);
         assert!(pool.take(Claim::New, 1).is_none());
-        assert_eq!(pool.take(Claim::New, 0).unwrap(), []);
+        assert!(pool.take(Claim::New, 0).unwrap().is_empty());
         assert_eq!(pool.take(Claim::Running, 2).unwrap(), [30, 31]);
         assert!(pool.take(Claim::Running, 1).is_none());
     }

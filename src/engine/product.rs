@@ -6,16 +6,19 @@
 //! bit whatever other rows are in the batch, which a blocked library product doesn't promise. It does depend on the
 //! width of the machine's vectors.
 
-use half::{bf16, f16, slice::HalfFloatSliceExt};
+use half::{bf16, f16};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-/// Rows and outputs of a full tile: 16 accumulators and 8 operands fit AVX-512's 32 registers.
+/// Rows of a tile. With four outputs, 16 accumulators and their operands fit AVX-512's 32 registers; where there are 16,
+/// three outputs do.
 const TILE: usize = 4;
 /// Outputs side by side when there is one row: enough independent chains to hide the latency of an addition.
 const LONE_ROW_TILE: usize = 8;
-/// Bytes of widened weights that are used for all rows before the next are widened: half of a usual level-2 cache.
+/// Bytes of widened weights that are used for all rows before the next are widened: a part of a usual level-2 cache.
 const PANEL_BYTES: usize = 256 << 10;
+/// The same for a single tile of rows, which uses them once: a part of a level-1 cache.
+const SMALL_PANEL_BYTES: usize = 16 << 10;
 /// Multiplications below which a second thread costs more than it saves (some 30 µs of one core's work).
 const MIN_PARALLEL: usize = 1 << 20;
 /// Parts that a large product is cut into for each thread, so that an uneven split evens out.
@@ -63,13 +66,35 @@ impl Stored for bf16 {
 impl Stored for f16 {
     fn widen<'a>(values: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32] {
         let scratch = &mut scratch[..values.len()];
-        values.convert_to_f32_slice(scratch);
+        Arch::new().dispatch(|| {
+            for (wide, value) in scratch.iter_mut().zip(values) {
+                *wide = widen_half(value.to_bits());
+            }
+        });
         scratch
     }
 
     fn narrow(value: f32) -> Self {
         f16::from_f32(value)
     }
+}
+
+/// An IEEE half as f32, without branches, so that the loop around it becomes vector instructions.
+#[inline(always)]
+fn widen_half(half: u16) -> f32 {
+    const EXPONENT: u32 = 0x7C00 << 13;
+    /// From the bias of a half's exponent, 15, to that of an f32.
+    const REBIAS: u32 = (127 - 15) << 23;
+    let magnitude = u32::from(half & 0x7FFF) << 13;
+    let exponent = magnitude & EXPONENT;
+    let normal = magnitude + REBIAS;
+    // Infinities and NaNs have the highest exponent here as there.
+    let special = normal + REBIAS;
+    // Subnormals have no leading one: give them one and take it away as a number.
+    let subnormal = f32::from_bits(normal + (1 << 23)) - f32::from_bits(REBIAS + (1 << 23));
+    let bits = if exponent == EXPONENT { special } else { normal };
+    let bits = if exponent == 0 { subnormal.to_bits() } else { bits };
+    f32::from_bits(bits | u32::from(half & 0x8000) << 16)
 }
 
 /// `x · wᵀ` for `x` of `[rows, inputs]` and `w` of `[outputs, inputs]`: `[rows, outputs]`.
@@ -109,7 +134,9 @@ pub(super) fn product<T: Stored>(x: &[f32], w: &[T], inputs: usize) -> Vec<f32> 
 /// The product on one thread.
 fn columns<T: Stored>(x: &[f32], w: &[T], inputs: usize, y: &mut [f32]) {
     let outputs = w.len() / inputs;
-    let panel = (PANEL_BYTES / size_of::<f32>() / inputs).clamp(1, outputs.max(1)).next_multiple_of(LONE_ROW_TILE);
+    let bytes = if x.len() > TILE * inputs { PANEL_BYTES } else { SMALL_PANEL_BYTES };
+    // A multiple of every tile's outputs, so that only the last panel has a remainder.
+    let panel = (bytes / size_of::<f32>() / inputs).clamp(1, outputs.max(1)).next_multiple_of(3 * LONE_ROW_TILE);
     let mut scratch = vec![0.0; if T::WIDENS { panel.min(outputs) * inputs } else { 0 }];
     for (index, stored) in w.chunks(panel * inputs).enumerate() {
         let w = T::widen(stored, &mut scratch);
@@ -147,13 +174,17 @@ impl WithSimd for Matrices<'_> {
         let outputs = self.w.len() / self.inputs;
         let mut row = 0;
         while row + TILE <= rows {
-            self.row_band::<S, TILE, TILE>(simd, row, outputs);
+            if S::REGISTER_COUNT >= 32 {
+                self.row_band::<S, TILE, 4>(simd, row, outputs);
+            } else {
+                self.row_band::<S, TILE, 3>(simd, row, outputs);
+            }
             row += TILE;
         }
         match rows - row {
             1 => self.row_band::<S, 1, LONE_ROW_TILE>(simd, row, outputs),
-            2 => self.row_band::<S, 2, TILE>(simd, row, outputs),
-            3 => self.row_band::<S, 3, TILE>(simd, row, outputs),
+            2 => self.row_band::<S, 2, 4>(simd, row, outputs),
+            3 => self.row_band::<S, 3, 3>(simd, row, outputs),
             _ => {}
         }
     }
@@ -177,17 +208,29 @@ impl Matrices<'_> {
     #[inline(always)]
     fn tile<S: Simd, const R: usize, const O: usize>(&mut self, simd: S, row: usize, output: usize) {
         let inputs = self.inputs;
-        let xs: [&[f32]; R] = std::array::from_fn(|r| &self.x[(row + r) * inputs..][..inputs]);
-        let ws: [&[f32]; O] = std::array::from_fn(|o| &self.w[(output + o) * inputs..][..inputs]);
         let vectors = inputs / S::F32_LANES;
-        let x: [&[S::f32s]; R] = xs.map(|x| &S::as_simd_f32s(x).0[..vectors]);
-        let w: [&[S::f32s]; O] = ws.map(|w| &S::as_simd_f32s(w).0[..vectors]);
+        // Loops rather than `map`: a closure that isn't inlined would be compiled for the oldest processors.
+        let (mut xs, mut ws): ([&[f32]; R], [&[f32]; O]) = ([&[]; R], [&[]; O]);
+        let mut x: [&[S::f32s]; R] = [&[]; R];
+        let mut w: [&[S::f32s]; O] = [&[]; O];
+        for r in 0..R {
+            xs[r] = &self.x[(row + r) * inputs..][..inputs];
+            x[r] = &S::as_simd_f32s(xs[r]).0[..vectors];
+        }
+        for o in 0..O {
+            ws[o] = &self.w[(output + o) * inputs..][..inputs];
+            w[o] = &S::as_simd_f32s(ws[o]).0[..vectors];
+        }
         let mut sums = [[simd.splat_f32s(0.0); O]; R];
         for i in 0..vectors {
+            let mut weights = [simd.splat_f32s(0.0); O];
             for o in 0..O {
-                let weight = w[o][i];
-                for r in 0..R {
-                    sums[r][o] = simd.mul_add_e_f32s(x[r][i], weight, sums[r][o]);
+                weights[o] = w[o][i];
+            }
+            for r in 0..R {
+                let x = x[r][i];
+                for o in 0..O {
+                    sums[r][o] = simd.mul_add_e_f32s(x, weights[o], sums[r][o]);
                 }
             }
         }
@@ -200,10 +243,10 @@ impl Matrices<'_> {
                 }
             }
         }
-        for (r, sums) in sums.into_iter().enumerate() {
+        for (r, sums) in sums.iter().enumerate() {
             let y = &mut self.y[(row + r) * self.stride + self.column + output..][..O];
             for (y, sum) in y.iter_mut().zip(sums) {
-                *y = simd.reduce_sum_f32s(sum);
+                *y = simd.reduce_sum_f32s(*sum);
             }
         }
     }
@@ -235,6 +278,19 @@ mod tests {
                     assert!(error < 1e-6 * (inputs as f64).sqrt(), "{rows} {outputs} {inputs}: off by {error}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn every_half_is_widened_as_it_should_be() {
+        let halves: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
+        let brains: Vec<bf16> = (0..=u16::MAX).map(bf16::from_bits).collect();
+        let mut scratch = vec![0.0; halves.len()];
+        for (wide, half) in f16::widen(&halves, &mut scratch).iter().zip(&halves) {
+            assert!(wide.to_bits() == half.to_f32().to_bits() || wide.is_nan() && half.is_nan(), "{half:?}");
+        }
+        for (wide, brain) in bf16::widen(&brains, &mut scratch).iter().zip(&brains) {
+            assert!(wide.to_bits() == brain.to_f32().to_bits() || wide.is_nan() && brain.is_nan(), "{brain:?}");
         }
     }
 

@@ -44,12 +44,27 @@ pub(super) fn matrix(values: Vec<f32>, width: usize) -> Result<Tensor> {
     Tensor::from_vec(values, (rows, width), &Device::Cpu)
 }
 
+/// The sum of two tensors of the same shape.
+pub(super) fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let (_, width) = a.dims2()?;
+    let sum = with_f32(a, |a| with_f32(b, |b| a.iter().zip(b).map(|(a, b)| a + b).collect()))??;
+    matrix(sum, width)
+}
+
 /// Bytes of a checkpoint as f32.
 pub(super) fn to_f32(data: &TensorData) -> Vec<f32> {
+    let mut values = Vec::with_capacity(data.bytes.len() / data.dtype.size_in_bytes());
+    extend(&mut values, data, |value| value);
+    values
+}
+
+/// Appends the values of `data`, converted.
+fn extend<T>(values: &mut Vec<T>, data: &TensorData, convert: impl Fn(f32) -> T) {
+    let four = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
     match data.dtype {
-        Dtype::F32 => data.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-        Dtype::Bf16 => halves(data).map(|bits| bf16::from_bits(bits).to_f32()).collect(),
-        Dtype::F16 => halves(data).map(|bits| f16::from_bits(bits).to_f32()).collect(),
+        Dtype::F32 => values.extend(data.bytes.chunks_exact(4).map(|bytes| convert(four(bytes)))),
+        Dtype::Bf16 => values.extend(halves(data).map(|bits| convert(bf16::from_bits(bits).to_f32()))),
+        Dtype::F16 => values.extend(halves(data).map(|bits| convert(f16::from_bits(bits).to_f32()))),
     }
 }
 
@@ -61,28 +76,26 @@ fn halves(data: &TensorData) -> impl Iterator<Item = u16> {
 pub(super) fn stack(parts: &[TensorData], dtype: Dtype) -> Result<Tensor> {
     let columns = parts.first().and_then(|part| part.shape.get(1)).copied().unwrap_or(0);
     let rows = parts.iter().filter_map(|part| part.shape.first()).sum::<usize>();
-    let shape = (rows, columns);
-    let same = parts.iter().all(|part| part.dtype == dtype);
-    let device = &Device::Cpu;
-    match dtype {
-        Dtype::F32 => Tensor::from_vec(parts.iter().flat_map(to_f32).collect::<Vec<f32>>(), shape, device),
-        Dtype::Bf16 if same => {
-            let bits: Vec<u16> = parts.iter().flat_map(halves).collect();
-            Tensor::from_vec(bits.reinterpret_into::<bf16>(), shape, device)
-        }
-        Dtype::F16 if same => {
-            let bits: Vec<u16> = parts.iter().flat_map(halves).collect();
-            Tensor::from_vec(bits.reinterpret_into::<f16>(), shape, device)
-        }
-        Dtype::Bf16 => {
-            let values: Vec<bf16> = parts.iter().flat_map(to_f32).map(bf16::from_f32).collect();
-            Tensor::from_vec(values, shape, device)
-        }
-        Dtype::F16 => {
-            let values: Vec<f16> = parts.iter().flat_map(to_f32).map(f16::from_f32).collect();
-            Tensor::from_vec(values, shape, device)
-        }
+    let (shape, device) = ((rows, columns), &Device::Cpu);
+    if dtype != Dtype::F32 && parts.iter().all(|part| part.dtype == dtype) {
+        let mut bits: Vec<u16> = Vec::with_capacity(rows * columns);
+        parts.iter().for_each(|part| bits.extend(halves(part)));
+        return match dtype {
+            Dtype::F16 => Tensor::from_vec(bits.reinterpret_into::<f16>(), shape, device),
+            _ => Tensor::from_vec(bits.reinterpret_into::<bf16>(), shape, device),
+        };
     }
+    match dtype {
+        Dtype::F32 => Tensor::from_vec(converted(parts, rows * columns, |value| value), shape, device),
+        Dtype::Bf16 => Tensor::from_vec(converted(parts, rows * columns, bf16::from_f32), shape, device),
+        Dtype::F16 => Tensor::from_vec(converted(parts, rows * columns, f16::from_f32), shape, device),
+    }
+}
+
+fn converted<T>(parts: &[TensorData], count: usize, convert: impl Fn(f32) -> T) -> Vec<T> {
+    let mut values = Vec::with_capacity(count);
+    parts.iter().for_each(|part| extend(&mut values, part, &convert));
+    values
 }
 
 /// Bytes that a tensor takes in memory.

@@ -70,6 +70,12 @@ impl Shard {
         self.header.info(name).is_some()
     }
 
+    /// Number of tensors.
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.header.offset_keys().len()
+    }
+
     pub(super) fn read(&self, name: &str, expected: &[usize]) -> Result<TensorData, CheckpointError> {
         let missing = || CheckpointError::MissingTensor { name: name.to_owned(), searched: self.path.clone() };
         let info = self.header.info(name).ok_or_else(missing)?;

@@ -103,7 +103,8 @@ pub(super) fn spec(config: &Config, switches: &Switches) -> Result<ModelSpec, Co
                 heads: attention.heads,
                 kv_heads: attention.kv_heads,
                 head_size: attention.head_size,
-                scale: (attention.head_size as f64).powf(-0.5),
+                // A root and a division give the same bits on every machine, which a power need not.
+                scale: 1.0 / (attention.head_size as f64).sqrt(),
                 q: linear(at("self_attn.q_proj"), q_width, hidden, switches.qkv_bias),
                 k: linear(at("self_attn.k_proj"), kv_width, hidden, switches.qkv_bias),
                 v: linear(at("self_attn.v_proj"), kv_width, hidden, switches.qkv_bias),
@@ -157,17 +158,17 @@ fn attention(config: &Config, switches: &Switches, hidden: usize) -> Result<Atte
     let heads = config.size("num_attention_heads", MAX_HEADS)?;
     // Without the field every query head has its own key and value head.
     let kv_heads = config.optional_size("num_key_value_heads", MAX_HEADS)?.unwrap_or(heads);
-    if heads % kv_heads != 0 {
+    if !heads.is_multiple_of(kv_heads) {
         return Err(config.invalid("num_key_value_heads", format!("must divide num_attention_heads, {heads}")));
     }
     let head_size = match (config.optional_size("head_dim", MAX_HEAD_SIZE)?, switches.default_head_size) {
         (Some(size), _) | (None, Some(size)) => size,
-        (None, None) if hidden % heads == 0 => hidden / heads,
+        (None, None) if hidden.is_multiple_of(heads) => hidden / heads,
         (None, None) => {
             return Err(config.invalid("hidden_size", format!("must be a multiple of num_attention_heads, {heads}")));
         }
     };
-    if head_size % 2 != 0 {
+    if !head_size.is_multiple_of(2) {
         return Err(
             config.invalid("head_dim", format!("a head is {head_size} wide, and rotary positions need an even width"))
         );
