@@ -1,0 +1,421 @@
+//! Links: kept streams of frames between two peers, shared by all sessions that run between them.
+//!
+//! A link is one `/helion/session/1` stream. The peer that dials opens its own; what answers a frame goes back on the stream
+//! that the frame came on. Two tasks serve it: one reads frames and hands them to the [`Service`], one writes what
+//! [`Link::send`] put into the outbox. Sending never blocks and may be done from any thread: where the outbox is full, it says
+//! so, and what to do then is the session's business. Bytes count against the outbox until the stream below has taken them.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    fmt,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::BytesMut;
+use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use libp2p::PeerId;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Service,
+    frame::{self, Frame, FrameError, FrameLimits},
+};
+
+/// Payloads up to this size are copied behind their header, so that they leave in one write.
+const COALESCE_BYTES: usize = 32 * 1024;
+/// What is gathered from several small frames before it is written.
+const BATCH_BYTES: usize = 64 * 1024;
+/// Streams that one peer may keep open to this one: it needs one, and another while the old one dies.
+const MAX_INBOUND_PER_PEER: usize = 4;
+
+/// The bounds of a link.
+#[derive(Debug, Clone, Copy)]
+pub struct LinkLimits {
+    /// Of one frame.
+    pub frame: FrameLimits,
+    /// Frames in the outbox: some per session of the hundreds that may share a link.
+    pub outbox_frames: usize,
+    /// Bytes in the outbox. One frame always fits, whatever its size.
+    pub outbox_bytes: usize,
+}
+
+impl Default for LinkLimits {
+    fn default() -> Self {
+        Self { frame: FrameLimits::default(), outbox_frames: 4096, outbox_bytes: 256 * 1024 * 1024 }
+    }
+}
+
+/// A link's number, unique in this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LinkId(u64);
+
+/// Why a frame was not taken. In every case nothing was sent.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    /// The stream is gone; open another with [`Swarm::link`](super::Swarm::link).
+    #[error("the link to {peer} is closed")]
+    Closed {
+        /// The other end.
+        peer: PeerId,
+    },
+    /// The peer takes frames more slowly than they are sent.
+    #[error("the outbox to {peer} is full: {frames} frames, {bytes} bytes wait")]
+    Full {
+        /// The other end.
+        peer: PeerId,
+        /// Waiting.
+        frames: usize,
+        /// Waiting.
+        bytes: usize,
+    },
+    /// The peer would refuse the frame.
+    #[error("the frame to {peer} is not sent: {source}")]
+    TooLarge {
+        /// The other end.
+        peer: PeerId,
+        /// Which limit.
+        source: FrameError,
+    },
+}
+
+/// One end of a kept stream; a cheap clone.
+#[derive(Clone)]
+pub struct Link(Arc<Shared>);
+
+struct Shared {
+    id: LinkId,
+    peer: PeerId,
+    opened_by_us: bool,
+    limits: LinkLimits,
+    outbox: Mutex<Outbox>,
+    /// The outbox got its first frame.
+    filled: Notify,
+    /// The outbox is empty and flushed.
+    drained: Notify,
+    closed: CancellationToken,
+}
+
+#[derive(Default)]
+struct Outbox {
+    frames: VecDeque<Frame>,
+    /// Of the frames, and of the one being written.
+    bytes: usize,
+    /// The writer holds frames that the stream hasn't taken.
+    writing: bool,
+}
+
+impl Link {
+    fn new(peer: PeerId, opened_by_us: bool, limits: LinkLimits) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Self(Arc::new(Shared {
+            id: LinkId(NEXT.fetch_add(1, Ordering::Relaxed)),
+            peer,
+            opened_by_us,
+            limits,
+            outbox: Mutex::default(),
+            filled: Notify::new(),
+            drained: Notify::new(),
+            closed: CancellationToken::new(),
+        }))
+    }
+
+    /// The other end, authenticated by the transport.
+    pub fn peer(&self) -> PeerId {
+        self.0.peer
+    }
+
+    /// This link's number.
+    pub fn id(&self) -> LinkId {
+        self.0.id
+    }
+
+    /// Whether this peer opened the stream: then this one asks and the other one answers.
+    pub fn opened_by_us(&self) -> bool {
+        self.0.opened_by_us
+    }
+
+    /// Whether the stream is gone. It doesn't come back; a new link does.
+    pub fn is_closed(&self) -> bool {
+        self.0.closed.is_cancelled()
+    }
+
+    /// Gives the stream up. What is in the outbox is dropped.
+    pub fn close(&self) {
+        self.0.closed.cancel();
+    }
+
+    /// Puts a frame into the outbox. Frames arrive in the order in which they were sent.
+    pub fn send(&self, frame: Frame) -> Result<(), SendError> {
+        let peer = self.0.peer;
+        let limits = &self.0.limits;
+        frame::check(&frame, limits.frame).map_err(|source| SendError::TooLarge { peer, source })?;
+        let mut outbox = self.0.lock_outbox();
+        if self.is_closed() {
+            return Err(SendError::Closed { peer });
+        }
+        let length = cost(&frame);
+        let waiting = outbox.frames.len();
+        if waiting >= limits.outbox_frames || (outbox.bytes > 0 && outbox.bytes + length > limits.outbox_bytes) {
+            return Err(SendError::Full { peer, frames: waiting, bytes: outbox.bytes });
+        }
+        outbox.bytes += length;
+        outbox.frames.push_back(frame);
+        drop(outbox);
+        if waiting == 0 {
+            self.0.filled.notify_one();
+        }
+        Ok(())
+    }
+
+    /// Waits until everything that was sent has been handed to the connection, or the link is closed.
+    pub(super) async fn drained(&self) {
+        loop {
+            let drained = self.0.drained.notified();
+            let is_drained = {
+                let outbox = self.0.lock_outbox();
+                outbox.frames.is_empty() && !outbox.writing
+            };
+            if is_drained || self.is_closed() {
+                return;
+            }
+            tokio::select! {
+                () = drained => {}
+                () = self.0.closed.cancelled() => return,
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Link")
+            .field("id", &self.0.id)
+            .field("peer", &self.0.peer)
+            .field("opened_by_us", &self.0.opened_by_us)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    fn lock_outbox(&self) -> MutexGuard<'_, Outbox> {
+        // Nothing in the critical sections panics half-way, so a poisoned outbox is as good as another.
+        self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next frames to write, up to one batch; `None` if there are none, which also marks the outbox as idle.
+    fn next_frame(&self) -> Option<Frame> {
+        let mut outbox = self.lock_outbox();
+        let frame = outbox.frames.pop_front();
+        outbox.writing |= frame.is_some();
+        frame
+    }
+
+    fn written(&self, bytes: usize) {
+        let mut outbox = self.lock_outbox();
+        outbox.bytes = outbox.bytes.saturating_sub(bytes);
+    }
+
+    fn flushed(&self) {
+        let mut outbox = self.lock_outbox();
+        outbox.writing = false;
+        if outbox.frames.is_empty() {
+            self.drained.notify_waiters();
+        }
+    }
+}
+
+/// What a frame counts for in the outbox: its payload and about what its header takes.
+fn cost(frame: &Frame) -> usize {
+    frame.payload.len() + 128
+}
+
+/// The links of this process, by peer.
+#[derive(Default)]
+pub(super) struct Links {
+    peers: Mutex<HashMap<PeerId, OfPeer>>,
+}
+
+#[derive(Default)]
+struct OfPeer {
+    outbound: Option<Link>,
+    inbound: Vec<Link>,
+}
+
+impl Links {
+    fn lock(&self) -> MutexGuard<'_, HashMap<PeerId, OfPeer>> {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The open link that this peer opened to `peer`, if there is one.
+    pub(super) fn outbound(&self, peer: &PeerId) -> Option<Link> {
+        self.lock().get(peer)?.outbound.clone().filter(|link| !link.is_closed())
+    }
+
+    /// Closes all links to a peer.
+    pub(super) fn close_peer(&self, peer: &PeerId) {
+        if let Some(of_peer) = self.lock().remove(peer) {
+            of_peer.outbound.iter().chain(&of_peer.inbound).for_each(Link::close);
+        }
+    }
+
+    /// All links there are.
+    pub(super) fn all(&self) -> Vec<Link> {
+        self.lock().values().flat_map(|of_peer| of_peer.outbound.iter().chain(&of_peer.inbound)).cloned().collect()
+    }
+
+    /// Whether there is room for it; an outbound one takes the place of a closed one.
+    fn insert(&self, link: &Link) -> bool {
+        let mut peers = self.lock();
+        let of_peer = peers.entry(link.peer()).or_default();
+        if link.opened_by_us() {
+            of_peer.outbound = Some(link.clone());
+            return true;
+        }
+        let room = of_peer.inbound.len() < MAX_INBOUND_PER_PEER;
+        if room {
+            of_peer.inbound.push(link.clone());
+        }
+        room
+    }
+
+    fn remove(&self, link: &Link) {
+        let mut peers = self.lock();
+        if let Some(of_peer) = peers.get_mut(&link.peer()) {
+            of_peer.inbound.retain(|other| other.id() != link.id());
+            of_peer.outbound.take_if(|other| other.id() == link.id());
+            if of_peer.inbound.is_empty() && of_peer.outbound.is_none() {
+                peers.remove(&link.peer());
+            }
+        }
+    }
+}
+
+/// What a new link needs.
+pub(super) struct NewLink<S> {
+    pub(super) peer: PeerId,
+    pub(super) opened_by_us: bool,
+    pub(super) stream: S,
+    pub(super) limits: LinkLimits,
+}
+
+/// Starts serving a stream. `None` if the peer has too many open already; the stream is dropped then.
+pub(super) fn start<S>(new: NewLink<S>, links: &Arc<Links>, service: Arc<dyn Service>) -> Option<Link>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let link = Link::new(new.peer, new.opened_by_us, new.limits);
+    if !links.insert(&link) {
+        tracing::warn!(peer = %new.peer, "refused a stream: the peer has {MAX_INBOUND_PER_PEER} open already");
+        return None;
+    }
+    let (reader, writer) = new.stream.split();
+    tokio::spawn(write_frames(link.clone(), writer));
+    tokio::spawn(read_frames(link.clone(), reader, links_of(links), service));
+    Some(link)
+}
+
+fn links_of(links: &Arc<Links>) -> Weak<Links> {
+    Arc::downgrade(links)
+}
+
+/// Tells the service when reading ends, however it ends.
+struct Ended {
+    link: Link,
+    links: Weak<Links>,
+    service: Arc<dyn Service>,
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.link.close();
+        if let Some(links) = self.links.upgrade() {
+            links.remove(&self.link);
+        }
+        self.service.link_closed(&self.link);
+    }
+}
+
+async fn read_frames<S>(link: Link, mut stream: S, links: Weak<Links>, service: Arc<dyn Service>)
+where
+    S: AsyncRead + Unpin,
+{
+    let ended = Ended { link: link.clone(), links, service };
+    let limits = link.0.limits.frame;
+    let mut scratch = Vec::new();
+    let reading = async {
+        while let Some(frame) = frame::read(&mut stream, limits, &mut scratch).await? {
+            ended.service.frame(&link, frame);
+        }
+        Ok(())
+    };
+    let result: Result<(), FrameError> = tokio::select! {
+        biased;
+        () = link.0.closed.cancelled() => Ok(()),
+        result = reading => result,
+    };
+    match result {
+        Ok(()) => tracing::debug!(peer = %link.peer(), "link closed"),
+        Err(FrameError::Io(error)) => tracing::debug!(peer = %link.peer(), %error, "link lost"),
+        Err(error) => tracing::warn!(peer = %link.peer(), %error, "closed a stream of malformed frames"),
+    }
+}
+
+async fn write_frames<S>(link: Link, mut stream: S)
+where
+    S: AsyncWrite + Unpin,
+{
+    let writing = async {
+        let mut batch = BytesMut::new();
+        loop {
+            link.0.filled.notified().await;
+            while let Some(frame) = link.0.next_frame() {
+                write_batch(&link, &mut stream, &mut batch, frame).await?;
+            }
+            stream.flush().await?;
+            link.0.flushed();
+        }
+    };
+    let result: Result<(), FrameError> = tokio::select! {
+        biased;
+        () = link.0.closed.cancelled() => Ok(()),
+        result = writing => result,
+    };
+    if let Err(error) = result {
+        tracing::debug!(peer = %link.peer(), %error, "cannot write to a link");
+        link.close();
+    }
+    // The reader's half keeps the stream; closing this one tells the peer that no more comes. Not worth waiting long for.
+    let _ = tokio::time::timeout(Duration::from_secs(1), stream.close()).await;
+}
+
+/// Writes `frame`, together with the small ones that wait behind it.
+async fn write_batch<S>(link: &Link, stream: &mut S, batch: &mut BytesMut, frame: Frame) -> Result<(), FrameError>
+where
+    S: AsyncWrite + Unpin,
+{
+    batch.clear();
+    let mut costs = 0;
+    let mut next = Some(frame);
+    while let Some(frame) = next.take() {
+        costs += cost(&frame);
+        frame::encode_head(&frame, link.0.limits.frame, batch)?;
+        if frame.payload.len() > COALESCE_BYTES {
+            stream.write_all(batch).await?;
+            stream.write_all(&frame.payload).await?;
+            batch.clear();
+            break;
+        }
+        batch.extend_from_slice(&frame.payload);
+        if batch.len() < BATCH_BYTES {
+            next = link.0.next_frame();
+        }
+    }
+    stream.write_all(batch).await?;
+    link.0.written(costs);
+    Ok(())
+}
