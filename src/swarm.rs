@@ -30,6 +30,7 @@ pub mod records;
 pub mod remembered;
 pub mod rpc;
 mod streams;
+pub mod ticket;
 
 use std::{path::PathBuf, time::Duration};
 

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
 
 /// Why `generation_config.json` could not be read. (That there is none is no error.)
 #[derive(Debug, thiserror::Error)]
@@ -90,22 +90,36 @@ struct File {
     sampling: SamplingAdvice,
 }
 
+/// What counts of `config.json`.
+#[derive(Default, Deserialize)]
+struct Config {
+    eos_token_id: Option<Ids>,
+    text_config: Option<Box<Self>>,
+}
+
+/// Reads a file of a checkpoint; an absent one says nothing.
+fn read<T: Default + DeserializeOwned>(dir: &Path, name: &str) -> Result<T, GenerationError> {
+    let path = dir.join(name);
+    match std::fs::read(&path) {
+        Ok(json) => serde_json::from_slice(&json).map_err(|source| GenerationError::Malformed { path, source }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(T::default()),
+        Err(source) => Err(GenerationError::Unreadable { path, source }),
+    }
+}
+
 impl GenerationDefaults {
-    /// Reads `generation_config.json` in `dir`, which may be absent. `config_eos` are the end-of-sequence ids of
-    /// `config.json`; they count where the file names none.
+    /// Reads `generation_config.json` in `dir`, which may be absent. Where it names no end-of-sequence ids, those of
+    /// `config.json` count (of its `text_config`, in a multimodal checkpoint).
     ///
     /// # Errors
     /// [`GenerationError::Unreadable`] and [`GenerationError::Malformed`].
-    pub fn open(dir: &Path, config_eos: &[u32]) -> Result<Self, GenerationError> {
-        let path = dir.join("generation_config.json");
-        let file: File = match std::fs::read(&path) {
-            Ok(json) => serde_json::from_slice(&json).map_err(|source| GenerationError::Malformed { path, source })?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => File::default(),
-            Err(source) => return Err(GenerationError::Unreadable { path, source }),
-        };
+    pub fn open(dir: &Path) -> Result<Self, GenerationError> {
+        let file: File = read(dir, "generation_config.json")?;
+        let config: Config = read(dir, "config.json")?;
+        let config_eos = config.eos_token_id.or(config.text_config.and_then(|text| text.eos_token_id));
         let eos_ids = file.eos_token_id.map(Vec::from).filter(|ids| !ids.is_empty());
         Ok(Self {
-            eos_ids: eos_ids.unwrap_or_else(|| config_eos.to_vec()),
+            eos_ids: eos_ids.or(config_eos.map(Vec::from)).unwrap_or_default(),
             bos_id: file.bos_token_id,
             pad_id: file.pad_token_id,
             max_length: file.max_length,
@@ -124,16 +138,19 @@ impl GenerationDefaults {
 mod tests {
     use super::*;
 
-    fn open(json: &str, config_eos: &[u32]) -> Result<GenerationDefaults, GenerationError> {
+    fn open(json: &str, config: &str) -> Result<GenerationDefaults, GenerationError> {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("generation_config.json"), json).unwrap();
-        GenerationDefaults::open(dir.path(), config_eos)
+        std::fs::write(dir.path().join("config.json"), config).unwrap();
+        GenerationDefaults::open(dir.path())
     }
+
+    const NINE: &str = r#"{"eos_token_id": 9}"#;
 
     #[test]
     fn eos_is_one_id_or_several() {
-        assert_eq!(open(r#"{"eos_token_id": 2}"#, &[9]).unwrap().eos_ids, [2]);
-        let several = open(r#"{"eos_token_id": [128001, 128009], "bos_token_id": 128000}"#, &[9]).unwrap();
+        assert_eq!(open(r#"{"eos_token_id": 2}"#, NINE).unwrap().eos_ids, [2]);
+        let several = open(r#"{"eos_token_id": [128001, 128009], "bos_token_id": 128000}"#, NINE).unwrap();
         assert_eq!((several.eos_ids.as_slice(), several.bos_id), (&[128_001, 128_009][..], Some(128_000)));
         assert!(several.is_eos(128_009) && !several.is_eos(9));
     }
@@ -141,24 +158,25 @@ mod tests {
     #[test]
     fn config_json_counts_where_the_file_is_silent() {
         for json in ["{}", r#"{"eos_token_id": null}"#, r#"{"eos_token_id": []}"#] {
-            assert_eq!(open(json, &[9, 10]).unwrap().eos_ids, [9, 10], "{json}");
+            assert_eq!(open(json, r#"{"eos_token_id": [9, 10]}"#).unwrap().eos_ids, [9, 10], "{json}");
+            assert_eq!(open(json, r#"{"text_config": {"eos_token_id": 9}}"#).unwrap().eos_ids, [9], "{json}");
         }
-        let absent = GenerationDefaults::open(Path::new("/nonexistent"), &[9]).unwrap();
-        assert_eq!(absent, GenerationDefaults { eos_ids: vec![9], ..Default::default() });
+        let absent = GenerationDefaults::open(Path::new("/nonexistent")).unwrap();
+        assert_eq!(absent, GenerationDefaults::default());
     }
 
     #[test]
     fn sampling_advice_is_kept_as_it_is() {
         let json = r#"{"do_sample": true, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "other": {"x": 1}}"#;
-        let advice = open(json, &[]).unwrap().sampling;
+        let advice = open(json, "{}").unwrap().sampling;
         assert_eq!((advice.do_sample, advice.temperature), (Some(true), Some(0.6)));
         assert_eq!((advice.top_k, advice.top_p, advice.min_p), (Some(20), Some(0.95), None));
     }
 
     #[test]
     fn garbage_is_named() {
-        let error = open(r#"{"eos_token_id": "two"}"#, &[]).unwrap_err().to_string();
+        let error = open(r#"{"eos_token_id": "two"}"#, "{}").unwrap_err().to_string();
         assert!(error.contains("generation_config.json"), "{error}");
-        assert!(open("{", &[]).is_err());
+        assert!(open("{", "{}").is_err());
     }
 }

@@ -259,6 +259,16 @@ impl ModelSpec {
         self.blocks.get(index).map(|block| block.tensors(self.hidden_size)).unwrap_or_default()
     }
 
+    /// Bytes of the largest block: its weights in `dtype` and its part of a KV cache of `cache_tokens` tokens.
+    pub fn largest_block_bytes(&self, dtype: Dtype, cache_tokens: usize) -> u64 {
+        let numbers = |index: usize| {
+            let weights: usize = self.block_tensors(index).iter().map(TensorSpec::elements).sum();
+            let attention = &self.blocks[index].attention;
+            weights as u64 + 2 * (attention.kv_heads * attention.head_size * cache_tokens) as u64
+        };
+        (0..self.num_blocks()).map(numbers).max().unwrap_or(0) * dtype.size_in_bytes() as u64
+    }
+
     /// The tensors of the edges.
     pub fn edge_tensors(&self) -> Vec<TensorSpec> {
         let mut tensors = vec![

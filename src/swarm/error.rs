@@ -68,7 +68,7 @@ pub enum JoinError {
     #[error("none of the initial peers could be reached ({0}): check that they run and that their ports are open")]
     Unreachable(Unreachable),
     /// mDNS found nobody.
-    #[error("no peer was found on the local network within {} s", .0.as_secs_f32())]
+    #[error("no peer was found on the local network within {} s: name one with --initial-peers", .0.as_secs_f32())]
     NobodyNear(Duration),
     /// [`Swarm::stop`](super::Swarm::stop) was called.
     #[error("the swarm is stopped")]

@@ -17,6 +17,9 @@ use crate::swarm::{
 /// Once one initial peer has answered, how long the others still have.
 const GRACE: Duration = Duration::from_secs(1);
 
+/// How long the local network is listened to: mDNS answers within a second or two.
+const NEARBY: Duration = Duration::from_secs(3);
+
 /// A swarm that was joined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Joined {
@@ -30,6 +33,25 @@ impl Swarm {
     /// Dials the initial peers of the configuration and joins their DHT. Succeeds if at least one of them answers.
     pub async fn join(&self, timeout: Duration) -> Result<Joined, JoinError> {
         self.join_through(&self.0.initial_peers, timeout).await
+    }
+
+    /// Joins through the initial peers; where none are configured, through the local network, and then through the peers
+    /// that are remembered from before.
+    ///
+    /// # Errors
+    /// Of the first of these ways that there is; [`JoinError::NoPeers`] where there is none.
+    pub async fn search(&self, timeout: Duration) -> Result<Joined, JoinError> {
+        if !self.0.initial_peers.is_empty() {
+            return self.join(timeout).await;
+        }
+        let nearby = match self.0.mdns {
+            true => self.join_nearby(timeout.min(NEARBY)).await,
+            false => Err(JoinError::NoPeers),
+        };
+        match (nearby, self.remembered()) {
+            (Err(_), remembered) if !remembered.is_empty() => self.join_through(&remembered, timeout).await,
+            (nearby, _) => nearby,
+        }
     }
 
     /// Dials these peers, each address ending in `/p2p/<peer id>`, and joins their DHT.

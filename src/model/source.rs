@@ -1,0 +1,109 @@
+//! A model as the user names it: where its files are, what it is called, and which one exactly.
+//!
+//! A hub id is downloaded as far as it is needed: the configuration and the tokenizer at first, then the files that hold the
+//! wanted blocks, or the edges. A directory is used as it is.
+
+use std::{collections::HashSet, ops::Range, path::Path};
+
+use super::{
+    checkpoint::{Checkpoint, CheckpointError},
+    family,
+    fingerprint::Fingerprint,
+    hub::{HubError, HubOptions, ModelFiles, default_dht_prefix},
+    spec::{ModelSpec, TensorSpec},
+};
+
+/// Why a model can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// Its files can't be had.
+    #[error(transparent)]
+    Files(#[from] HubError),
+    /// Its files make no sense.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+}
+
+/// A model whose configuration is known. See the module's docs.
+pub struct ModelSource {
+    name: String,
+    dht_prefix: String,
+    files: ModelFiles,
+    spec: ModelSpec,
+}
+
+impl ModelSource {
+    /// Finds a model and reads its configuration.
+    ///
+    /// # Errors
+    /// Where it is neither a directory nor a model of the hub, or is not supported.
+    pub async fn open(model: &str, options: HubOptions) -> Result<Self, SourceError> {
+        let files = ModelFiles::resolve(model, options).await?;
+        let path = files.dir().join("config.json");
+        let text =
+            std::fs::read_to_string(&path).map_err(|source| CheckpointError::Io { path: path.clone(), source })?;
+        let spec = family::read_config(&text).map_err(|source| CheckpointError::Config { path, source })?;
+        let (name, dht_prefix) = match files.revision() {
+            Some(_) => (model.to_owned(), default_dht_prefix(model)),
+            None => {
+                // `.` and `model/..` have names too.
+                let full = Path::new(model).canonicalize().unwrap_or_else(|_| Path::new(model).to_owned());
+                let name = full.file_name().map_or(model.to_owned(), |name| name.to_string_lossy().into_owned());
+                (name, default_dht_prefix(&full.to_string_lossy()))
+            }
+        };
+        Ok(Self { name, dht_prefix, files, spec })
+    }
+
+    /// What it is called: the hub id, or the directory's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The commit on the hub; `None` for a directory.
+    pub fn revision(&self) -> Option<&str> {
+        self.files.revision()
+    }
+
+    /// The prefix that its peers meet under, unless the user wants another one.
+    pub fn default_dht_prefix(&self) -> &str {
+        &self.dht_prefix
+    }
+
+    /// What it computes.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// Which model exactly. A directory's files are hashed, once.
+    ///
+    /// # Errors
+    /// Where a weight file can't be read.
+    pub async fn fingerprint(&self) -> Result<Fingerprint, SourceError> {
+        Ok(self.files.fingerprint(&self.spec.canonical()).await?)
+    }
+
+    /// Opens the checkpoint with the files that hold these blocks.
+    ///
+    /// # Errors
+    /// Where one can't be had.
+    pub async fn fetch_blocks(&self, blocks: Range<usize>) -> Result<Checkpoint, SourceError> {
+        self.fetch(blocks.flat_map(|block| self.spec.block_tensors(block))).await
+    }
+
+    /// Opens the checkpoint with the files that hold the edges.
+    ///
+    /// # Errors
+    /// Where one can't be had.
+    pub async fn fetch_edges(&self) -> Result<Checkpoint, SourceError> {
+        self.fetch(self.spec.edge_tensors()).await
+    }
+
+    async fn fetch(&self, tensors: impl IntoIterator<Item = TensorSpec>) -> Result<Checkpoint, SourceError> {
+        let names: HashSet<String> = tensors.into_iter().map(|tensor| tensor.name).collect();
+        // Checkpoints name tensors with or without the model's prefix.
+        let wanted = |name: &str| names.contains(name) || names.contains(&format!("model.{name}"));
+        self.files.fetch_weights(&wanted).await?;
+        Ok(Checkpoint::open(self.files.dir())?)
+    }
+}
