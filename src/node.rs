@@ -1,1 +1,425 @@
-//! To be written.
+//! Serving a swarm: a node hosts a span of blocks and computes them for others.
+//!
+//! [`Node::start`] joins the DHT, chooses a span ([`placement`]), loads it and announces it; from then on [`sessions`] takes
+//! the frames that arrive. A frame is held against its ticket ([`border`]) and against the session's numbered log ([`log`]),
+//! computed by the engine, and its output pushed straight to the next hop.
+
+pub mod bootstrap;
+pub mod border;
+mod held;
+pub mod log;
+pub mod placement;
+mod session;
+pub mod sessions;
+
+use std::{
+    ops::Range,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+
+use self::{
+    border::Hosted,
+    sessions::{Host, NodeService, SessionSettings, Sessions},
+};
+use crate::{
+    engine::{DeviceChoice, Engine, EngineOptions, HiddenStates, Job, Keep, LaneRun, LoadError},
+    model::{
+        Dtype,
+        fingerprint::Fingerprint,
+        source::{ModelSource, SourceError},
+    },
+    swarm::{
+        AnnounceError, DiscoverError, JoinError, StartError, Swarm, SwarmConfig,
+        announcement::{Announcement, State},
+    },
+};
+
+/// How often the announcement is made anew with the current load.
+const ANNOUNCE_EVERY: Duration = Duration::from_secs(30);
+
+/// How often sessions that outlived their clients are looked for.
+const SWEEP_EVERY: Duration = Duration::from_secs(1);
+
+/// How long the own speed is measured for at most.
+const MEASURE_FOR: Duration = Duration::from_millis(500);
+
+/// Which blocks to host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BlockChoice {
+    /// These.
+    Exactly(Range<usize>),
+    /// As many as this, where the swarm needs them most.
+    Count(usize),
+    /// As many as memory holds, where the swarm needs them most.
+    Auto,
+}
+
+/// Where the first peers come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Beginning {
+    /// From the configured initial peers; none that answers is an error.
+    InitialPeers,
+    /// From nobody: this node is the first.
+    NewSwarm,
+    /// From the local network and the remembered peers; a new swarm where there are none.
+    Search,
+}
+
+/// What to serve, and how.
+pub struct NodeOptions {
+    /// What the model is called: a hub id or a directory's name.
+    pub model: String,
+    /// The hub's revision; empty for local files.
+    pub revision: String,
+    /// Which model exactly.
+    pub fingerprint: Fingerprint,
+    /// The swarm's prefix.
+    pub dht_prefix: String,
+    /// What others see this node as; may be empty.
+    pub public_name: String,
+    /// Which blocks.
+    pub blocks: BlockChoice,
+    /// Where it computes.
+    pub device: DeviceChoice,
+    /// What it computes in; `None`: as the checkpoint is stored.
+    pub dtype: Option<Dtype>,
+    /// Tokens in the KV pool.
+    pub cache_tokens: usize,
+    /// Limits of its sessions.
+    pub sessions: SessionSettings,
+    /// Where the first peers come from.
+    pub beginning: Beginning,
+    /// How long to look for them.
+    pub join_timeout: Duration,
+}
+
+/// What a node is doing.
+#[derive(Debug, Clone, PartialEq)]
+pub enum NodeEvent {
+    /// It has joined a swarm of this many known peers.
+    Joined {
+        /// Peers known so far.
+        peers: usize,
+    },
+    /// It found nobody and starts a swarm of its own.
+    NewSwarm,
+    /// It will host these blocks.
+    Chose {
+        /// The span.
+        span: Range<usize>,
+        /// Of this many blocks.
+        of: usize,
+    },
+    /// It is loading its blocks.
+    Loading {
+        /// Blocks loaded.
+        done: usize,
+        /// Blocks to load.
+        of: usize,
+    },
+    /// It serves.
+    Online {
+        /// Bytes of weights in memory.
+        loaded_bytes: u64,
+        /// Tokens a second through the span, one lane.
+        tokens_per_second: f64,
+    },
+}
+
+/// Why a node can't serve.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The network can't be started.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// No initial peer can be reached.
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    /// The swarm can't be looked up.
+    #[error(transparent)]
+    Discover(#[from] DiscoverError),
+    /// The node can't be announced.
+    #[error(transparent)]
+    Announce(#[from] AnnounceError),
+    /// The files of the span can't be had.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The span can't be loaded.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The blocks asked for are not the model's.
+    #[error("--blocks {}:{} is outside of {model}, which has blocks 0:{blocks}", asked.start, asked.end)]
+    NoSuchBlocks {
+        /// What was asked for.
+        asked: Range<usize>,
+        /// The model.
+        model: String,
+        /// How many it has.
+        blocks: usize,
+    },
+    /// Not even one block fits.
+    #[error(
+        "no block of {model} fits into the free memory: one takes {block_bytes} bytes, {free_bytes} are free; a smaller --dtype or --attn-cache-tokens may help"
+    )]
+    NoRoom {
+        /// The model.
+        model: String,
+        /// What one block takes, its part of the KV pool included.
+        block_bytes: u64,
+        /// What is free.
+        free_bytes: u64,
+    },
+    /// The loading thread died.
+    #[error("loading the blocks failed: {0}")]
+    Died(String),
+}
+
+/// A node that serves. Dropping it without [`Node::leave`] leaves the announcement to expire.
+pub struct Node {
+    swarm: Swarm,
+    sessions: Arc<Sessions>,
+    span: Range<usize>,
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+}
+
+impl Node {
+    /// Joins, chooses, loads, announces. Returns when the node serves; `on_event` tells of the way there.
+    ///
+    /// # Errors
+    /// See [`NodeError`].
+    pub async fn start(
+        source: ModelSource,
+        options: NodeOptions,
+        network: SwarmConfig,
+        on_event: Arc<dyn Fn(NodeEvent) + Send + Sync>,
+    ) -> Result<Self, NodeError> {
+        let blocks = source.spec().num_blocks();
+        if let BlockChoice::Exactly(asked) = &options.blocks
+            && (asked.is_empty() || asked.end > blocks)
+        {
+            return Err(NodeError::NoSuchBlocks { asked: asked.clone(), model: options.model.clone(), blocks });
+        }
+        let sessions = Sessions::new(options.sessions);
+        let swarm = Swarm::start(network, Arc::new(NodeService(sessions.clone()))).await?;
+        match join(&swarm, options.beginning, options.join_timeout).await? {
+            0 => on_event(NodeEvent::NewSwarm),
+            peers => on_event(NodeEvent::Joined { peers }),
+        }
+
+        let dtype = options.dtype.unwrap_or(source.spec().stored_dtype);
+        let span = choose_blocks(&swarm, &source, &options, dtype).await?;
+        on_event(NodeEvent::Chose { span: span.clone(), of: blocks });
+        let mut announcement = announcement(&swarm, &options, &span, dtype, blocks);
+        swarm.announce(announcement.clone()).await?;
+
+        let checkpoint = source.fetch_blocks(span.clone()).await?;
+        let engine_options = EngineOptions {
+            device: options.device,
+            cache_tokens: options.cache_tokens,
+            ..EngineOptions::new(span.clone(), dtype)
+        };
+        let progress = on_event.clone();
+        let engine = tokio::task::spawn_blocking(move || {
+            Engine::load(&checkpoint, engine_options, &mut |done, of| progress(NodeEvent::Loading { done, of }))
+        })
+        .await
+        .map_err(|error| NodeError::Died(error.to_string()))??;
+        let measured = engine.clone();
+        let tokens_per_second = tokio::task::spawn_blocking(move || measure(&measured))
+            .await
+            .map_err(|error| NodeError::Died(error.to_string()))?;
+
+        let hosted = Hosted {
+            peer: swarm.peer_id(),
+            dht_prefix: options.dht_prefix,
+            fingerprint: options.fingerprint,
+            span: span.clone(),
+            hidden: engine.spec().hidden_size,
+        };
+        let loaded_bytes = engine.loaded_bytes();
+        sessions.serve(Host { engine: engine.clone(), swarm: swarm.clone(), hosted });
+        announcement.state = State::Online;
+        announcement.compute_tokens_per_second = tokens_per_second;
+        update_load(&mut announcement, &engine);
+        swarm.announce(announcement.clone()).await?;
+        on_event(NodeEvent::Online { loaded_bytes, tokens_per_second });
+
+        let tasks = vec![
+            tokio::spawn(keep_announced(swarm.clone(), engine, announcement)),
+            tokio::spawn(keep_swept(sessions.clone())),
+        ];
+        Ok(Self { swarm, sessions, span, tasks })
+    }
+
+    /// The network.
+    pub fn swarm(&self) -> &Swarm {
+        &self.swarm
+    }
+
+    /// The blocks that it hosts.
+    pub fn span(&self) -> Range<usize> {
+        self.span.clone()
+    }
+
+    /// Its sessions.
+    pub fn sessions(&self) -> &Sessions {
+        &self.sessions
+    }
+
+    /// Leaves on purpose: tells the sessions' clients, withdraws the announcement, stops the network.
+    pub async fn leave(self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+        self.sessions.leave();
+        self.swarm.withdraw().await;
+        self.swarm.stop().await;
+    }
+}
+
+/// Joins the DHT. Returns how many peers are known: 0 where a new swarm begins.
+pub async fn join(swarm: &Swarm, beginning: Beginning, timeout: Duration) -> Result<usize, JoinError> {
+    match beginning {
+        Beginning::NewSwarm => Ok(0),
+        Beginning::InitialPeers => Ok(swarm.join(timeout).await?.peers),
+        Beginning::Search => Ok(swarm.search(timeout).await.map_or(0, |joined| joined.peers)),
+    }
+}
+
+async fn choose_blocks(
+    swarm: &Swarm,
+    source: &ModelSource,
+    options: &NodeOptions,
+    dtype: Dtype,
+) -> Result<Range<usize>, NodeError> {
+    let spec = source.spec();
+    let count = match &options.blocks {
+        BlockChoice::Exactly(span) => return Ok(span.clone()),
+        BlockChoice::Count(count) => *count,
+        BlockChoice::Auto => {
+            let block_bytes = spec.largest_block_bytes(dtype, options.cache_tokens);
+            let free_bytes = free_memory();
+            match (free_bytes / block_bytes.max(1)) as usize {
+                0 => return Err(NodeError::NoRoom { model: options.model.clone(), block_bytes, free_bytes }),
+                fits => fits,
+            }
+        }
+    };
+    let found = match swarm.discover(&options.dht_prefix, spec.num_blocks()).await {
+        Ok(found) => found.announcements,
+        Err(DiscoverError::Alone) => Vec::new(),
+        Err(error) => return Err(error.into()),
+    };
+    let others =
+        found.iter().filter(|other| other.fingerprint == options.fingerprint.0 && other.peer_id != swarm.peer_id());
+    let coverage = placement::coverage(spec.num_blocks(), others);
+    placement::choose_span(&coverage, count).ok_or_else(|| NodeError::NoSuchBlocks {
+        asked: 0..count,
+        model: options.model.clone(),
+        blocks: spec.num_blocks(),
+    })
+}
+
+/// Memory that blocks may take, bytes: most of what is free now, the rest is the system's.
+fn free_memory() -> u64 {
+    let Ok(mut system) = sysinfo::System::new() else { return 0 };
+    system.refresh_memory();
+    system.available_memory() / 10 * 8
+}
+
+fn announcement(
+    swarm: &Swarm,
+    options: &NodeOptions,
+    span: &Range<usize>,
+    dtype: Dtype,
+    blocks: usize,
+) -> Announcement {
+    Announcement {
+        model: options.model.clone(),
+        revision: options.revision.clone(),
+        public_name: options.public_name.clone(),
+        state: State::Joining,
+        dtype,
+        dht_prefix: options.dht_prefix.clone(),
+        fingerprint: options.fingerprint.0,
+        model_blocks: blocks,
+        span: span.clone(),
+        quant: "none".to_owned(),
+        ..Announcement::blank(swarm.peer_id())
+    }
+}
+
+fn update_load(announcement: &mut Announcement, engine: &Engine) {
+    let load = engine.load_now();
+    announcement.cache_tokens_left = load.cache_tokens_left as u64;
+    announcement.cache_tokens_total = load.cache_tokens_total as u64;
+    announcement.queue = load.queue as u32;
+}
+
+async fn keep_announced(swarm: Swarm, engine: Engine, mut announcement: Announcement) {
+    let mut every = tokio::time::interval(ANNOUNCE_EVERY);
+    every.tick().await;
+    loop {
+        every.tick().await;
+        update_load(&mut announcement, &engine);
+        if let Err(error) = swarm.announce(announcement.clone()).await {
+            tracing::warn!(%error, "the announcement could not be renewed; trying again in {} s", ANNOUNCE_EVERY.as_secs());
+        }
+    }
+}
+
+async fn keep_swept(sessions: Arc<Sessions>) {
+    let mut every = tokio::time::interval(SWEEP_EVERY);
+    loop {
+        every.tick().await;
+        sessions.sweep(Instant::now());
+    }
+}
+
+/// Decode speed through the whole span, one lane, tokens a second: the median of a few steps. 0 where it can't be measured.
+fn measure(engine: &Engine) -> f64 {
+    /// The median of more would not be much truer.
+    const STEPS: usize = 16;
+    let hidden_size = engine.spec().hidden_size;
+    let dtype = if engine.dtype() == Dtype::F32 { Dtype::F32 } else { Dtype::Bf16 };
+    let row = Bytes::from(vec![0; hidden_size * dtype.size_in_bytes()]);
+    let started = Instant::now();
+    let mut times = Vec::new();
+    let mut cache = engine.cache(engine.span()).ok();
+    for position in 0..STEPS {
+        let (Some(own), Ok(hidden)) = (cache.take(), HiddenStates::new(dtype, 1, hidden_size, row.clone())) else {
+            break;
+        };
+        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        let step_started = Instant::now();
+        engine.submit(Job {
+            cache: own,
+            lanes: vec![LaneRun { lane: 0, position, tokens: 1 }],
+            hidden,
+            rope_length: Some(position + 1),
+            keep: Keep::LastOfEachLane,
+            deadline: Instant::now() + Duration::from_secs(60),
+            cancelled: Arc::default(),
+            done: Box::new(move |cache, result| {
+                // The receiver waits right below.
+                let _ = sender.send((cache, result));
+            }),
+        });
+        match receiver.recv() {
+            Ok((own, Ok(_))) => {
+                times.push(step_started.elapsed());
+                cache = Some(own);
+            }
+            Ok((_, Err(error))) => tracing::warn!(%error, "the own speed can't be measured"),
+            Err(_) => {}
+        }
+        if started.elapsed() > MEASURE_FOR {
+            break;
+        }
+    }
+    times.sort_unstable();
+    times.get(times.len() / 2).map_or(0.0, |median| 1.0 / median.as_secs_f64())
+}

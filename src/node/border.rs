@@ -1,0 +1,326 @@
+//! What a hop checks before it believes a frame: pure functions, so that every refusal can be tested.
+
+use std::collections::HashSet;
+
+use bytes::Bytes;
+use libp2p::PeerId;
+
+use crate::{
+    engine::{HiddenStates, Keep, LaneRun},
+    model::{Dtype, fingerprint::Fingerprint},
+    swarm::{
+        announcement::Announcement,
+        proto::session as proto,
+        ticket::{SessionLimits, Ticket},
+    },
+};
+
+/// The most that a ticket may ask of this version, whatever the node's settings: what a frame and a batch can carry.
+pub const LARGEST_LIMITS: SessionLimits =
+    SessionLimits { max_lanes: 64, max_tokens: 1 << 24, max_in_flight: 16, max_step_tokens: 4096 };
+
+/// Why a hop refuses to open a session or to take a step. The code and the text go to the client.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Refusal {
+    /// What kind of refusal.
+    pub code: proto::Code,
+    /// What is wrong, with the values, and the way out.
+    pub message: String,
+}
+
+impl Refusal {
+    pub(crate) fn new(code: proto::Code, message: impl Into<String>) -> Self {
+        Self { code, message: message.into() }
+    }
+}
+
+/// What a hop is: the part of its state that a ticket is held against.
+#[derive(Debug, Clone)]
+pub struct Hosted {
+    /// This node.
+    pub peer: PeerId,
+    /// The swarm it serves.
+    pub dht_prefix: String,
+    /// The model it serves.
+    pub fingerprint: Fingerprint,
+    /// The blocks it serves.
+    pub span: std::ops::Range<usize>,
+    /// Numbers in a row of hidden states.
+    pub hidden: usize,
+}
+
+impl Hosted {
+    /// Holds a verified ticket from `sender` against what this node hosts, and the next hop's announcement against the
+    /// ticket.
+    ///
+    /// # Errors
+    /// The refusal to send back.
+    pub fn check_ticket(&self, ticket: &Ticket, sender: PeerId, next: Option<&Announcement>) -> Result<(), Refusal> {
+        use proto::Code;
+        if ticket.client != sender {
+            return Err(Refusal::new(
+                Code::NotAllowed,
+                format!("the ticket is {}'s, and the connection is {sender}'s", ticket.client),
+            ));
+        }
+        if ticket.hop != self.peer {
+            return Err(Refusal::new(
+                Code::BadTicket,
+                format!("the ticket is for {}, and this is {}", ticket.hop, self.peer),
+            ));
+        }
+        if ticket.dht_prefix != self.dht_prefix || ticket.fingerprint != self.fingerprint {
+            return Err(Refusal::new(
+                Code::WrongModel,
+                format!(
+                    "the ticket is for {} ({}), and this node serves {} ({}): look up the swarm again",
+                    ticket.dht_prefix, ticket.fingerprint, self.dht_prefix, self.fingerprint
+                ),
+            ));
+        }
+        if ticket.blocks.start < self.span.start || ticket.blocks.end > self.span.end {
+            return Err(Refusal::new(
+                Code::WrongBlocks,
+                format!(
+                    "the ticket asks for blocks {}:{}, and this node serves {}:{}",
+                    ticket.blocks.start, ticket.blocks.end, self.span.start, self.span.end
+                ),
+            ));
+        }
+        let (asked, most) = (&ticket.limits, &LARGEST_LIMITS);
+        for (what, asked, most) in [
+            ("lanes", u64::from(asked.max_lanes), u64::from(most.max_lanes)),
+            ("tokens", asked.max_tokens, most.max_tokens),
+            ("steps in flight", u64::from(asked.max_in_flight), u64::from(most.max_in_flight)),
+            ("tokens a step", u64::from(asked.max_step_tokens), u64::from(most.max_step_tokens)),
+        ] {
+            if asked > most {
+                return Err(Refusal::new(Code::TooLarge, format!("{asked} {what} asked for, and {most} is the most")));
+            }
+        }
+        if ticket.downstream == self.peer {
+            return Err(Refusal::new(Code::BadTicket, "the ticket names this node as its own next hop"));
+        }
+        if ticket.downstream == ticket.client {
+            return Ok(());
+        }
+        match next {
+            Some(next) if next.peer_id != ticket.downstream => Err(Refusal::new(
+                Code::BadTicket,
+                format!("the announcement is {}'s, and the ticket's next hop is {}", next.peer_id, ticket.downstream),
+            )),
+            Some(next) if next.dht_prefix != self.dht_prefix => Err(Refusal::new(
+                Code::BadTicket,
+                format!("the next hop {} serves {}, not {}", next.peer_id, next.dht_prefix, self.dht_prefix),
+            )),
+            Some(_) => Ok(()),
+            None => Err(Refusal::new(
+                Code::BadTicket,
+                format!("the next hop's announcement is missing, so {} can't be dialled", ticket.downstream),
+            )),
+        }
+    }
+}
+
+/// A step that passed the border.
+#[derive(Debug)]
+pub struct CheckedStep {
+    /// What of the payload belongs to which lane.
+    pub lanes: Vec<LaneRun>,
+    /// The payload.
+    pub hidden: HiddenStates,
+    /// What the last hop answers.
+    pub keep: Keep,
+    /// The length that length-dependent RoPE factors are taken for.
+    pub rope_length: Option<usize>,
+}
+
+/// Checks a step's shape against its ticket and the model's `hidden` size. Positions are checked where the KV cache is.
+///
+/// # Errors
+/// The refusal to send back.
+pub fn check_step(ticket: &Ticket, hidden: usize, step: &proto::Step, payload: Bytes) -> Result<CheckedStep, Refusal> {
+    use proto::Code;
+    let bad = |message: String| Refusal::new(Code::BadTensor, message);
+    let tensor = step.tensor.as_ref().ok_or_else(|| bad("the step describes no tensor".to_owned()))?;
+    let dtype: Dtype = tensor.dtype().try_into().map_err(|e| bad(format!("{e}")))?;
+    if dtype != ticket.wire_dtype {
+        return Err(bad(format!("hidden states in {dtype}, and the ticket says {}", ticket.wire_dtype)));
+    }
+    if tensor.hidden as usize != hidden {
+        return Err(bad(format!("hidden size {}, and the model's is {hidden}", tensor.hidden)));
+    }
+    if tensor.rows == 0 || tensor.rows > ticket.limits.max_step_tokens {
+        return Err(bad(format!("{} rows, and the ticket allows 1 to {}", tensor.rows, ticket.limits.max_step_tokens)));
+    }
+    let expected = tensor.rows as usize * hidden * dtype.size_in_bytes();
+    if payload.len() != expected {
+        return Err(bad(format!(
+            "{} bytes, and {} rows of {hidden} in {dtype} are {expected}",
+            payload.len(),
+            tensor.rows
+        )));
+    }
+    let mut seen = HashSet::new();
+    let mut rows = 0u64;
+    for run in &step.lanes {
+        if run.lane >= ticket.limits.max_lanes {
+            return Err(bad(format!("lane {}, and the ticket allows {}", run.lane, ticket.limits.max_lanes)));
+        }
+        if run.tokens == 0 || !seen.insert(run.lane) {
+            return Err(bad(format!("lane {} is empty, or named twice", run.lane)));
+        }
+        let end = run.position.saturating_add(u64::from(run.tokens));
+        if end > ticket.limits.max_tokens {
+            return Err(Refusal::new(
+                Code::TooLarge,
+                format!(
+                    "lane {} would grow to {end} tokens, and the ticket allows {}",
+                    run.lane, ticket.limits.max_tokens
+                ),
+            ));
+        }
+        rows += u64::from(run.tokens);
+    }
+    if rows != u64::from(tensor.rows) {
+        return Err(bad(format!("{} rows, and the lanes name {rows}", tensor.rows)));
+    }
+    let keep = match step.want() {
+        proto::Want::Last => Keep::LastOfEachLane,
+        proto::Want::All => Keep::All,
+        proto::Want::None => Keep::Nothing,
+        proto::Want::Unspecified => {
+            return Err(Refusal::new(
+                Code::Unsupported,
+                format!("the step wants {}, which is unknown here", step.want),
+            ));
+        }
+    };
+    Ok(CheckedStep {
+        lanes: step
+            .lanes
+            .iter()
+            .map(|run| LaneRun { lane: run.lane, position: run.position as usize, tokens: run.tokens as usize })
+            .collect(),
+        hidden: HiddenStates { dtype, rows: rows as usize, hidden, bytes: payload },
+        keep,
+        rope_length: (step.rope_length > 0).then_some(step.rope_length as usize),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use libp2p::identity::Keypair;
+
+    use super::*;
+    use crate::swarm::ticket::SessionId;
+
+    fn peer() -> PeerId {
+        Keypair::generate_ed25519().public().to_peer_id()
+    }
+
+    fn hosted_and_ticket() -> (Hosted, Ticket) {
+        let hosted = Hosted {
+            peer: peer(),
+            dht_prefix: "tiny".to_owned(),
+            fingerprint: Fingerprint([1; 32]),
+            span: 2..6,
+            hidden: 4,
+        };
+        let client = peer();
+        let ticket = Ticket {
+            session: SessionId::random(),
+            epoch: 1,
+            client,
+            hop: hosted.peer,
+            upstream: client,
+            downstream: client,
+            dht_prefix: "tiny".to_owned(),
+            fingerprint: Fingerprint([1; 32]),
+            blocks: 2..6,
+            wire_dtype: Dtype::Bf16,
+            limits: SessionLimits { max_lanes: 2, max_tokens: 10, max_in_flight: 2, max_step_tokens: 4 },
+            expires_unix_ms: 0,
+        };
+        (hosted, ticket)
+    }
+
+    #[test]
+    fn tickets_for_something_else_are_refused() {
+        let (hosted, good) = hosted_and_ticket();
+        assert_eq!(hosted.check_ticket(&good, good.client, None), Ok(()));
+        assert_eq!(hosted.check_ticket(&good, peer(), None).unwrap_err().code, proto::Code::NotAllowed);
+        let cases: [(proto::Code, Box<dyn Fn(&mut Ticket)>); 7] = [
+            (proto::Code::BadTicket, Box::new(|t| t.hop = t.client)),
+            (proto::Code::WrongModel, Box::new(|t| t.dht_prefix = "other".to_owned())),
+            (proto::Code::WrongModel, Box::new(|t| t.fingerprint = Fingerprint([2; 32]))),
+            (proto::Code::WrongBlocks, Box::new(|t| t.blocks = 1..6)),
+            (proto::Code::WrongBlocks, Box::new(|t| t.blocks = 2..7)),
+            (proto::Code::TooLarge, Box::new(|t| t.limits.max_in_flight = 1000)),
+            (proto::Code::BadTicket, Box::new(|t| t.downstream = t.hop)),
+        ];
+        for (code, change) in cases {
+            let mut ticket = good.clone();
+            change(&mut ticket);
+            assert_eq!(hosted.check_ticket(&ticket, good.client, None).unwrap_err().code, code);
+        }
+        let mut chained = good.clone();
+        chained.downstream = peer();
+        let refusal = hosted.check_ticket(&chained, good.client, None).unwrap_err();
+        assert!(refusal.message.contains("announcement is missing"), "{refusal}");
+    }
+
+    fn step(rows: u32, lanes: &[(u32, u64, u32)]) -> proto::Step {
+        proto::Step {
+            number: 1,
+            lanes: lanes.iter().map(|&(lane, position, tokens)| proto::LaneRun { lane, position, tokens }).collect(),
+            tensor: Some(proto::Tensor {
+                dtype: crate::swarm::proto::announcement::Dtype::Bf16.into(),
+                rows,
+                hidden: 4,
+            }),
+            want: proto::Want::Last.into(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_step_of_the_right_shape_passes() {
+        let (_, ticket) = hosted_and_ticket();
+        let checked = check_step(&ticket, 4, &step(3, &[(0, 5, 2), (1, 0, 1)]), vec![0; 24].into()).unwrap();
+        assert_eq!((checked.hidden.rows, checked.lanes.len()), (3, 2));
+    }
+
+    #[test]
+    fn steps_of_a_wrong_shape_are_refused_and_say_why() {
+        let (_, ticket) = hosted_and_ticket();
+        let two = step(2, &[(0, 0, 2)]);
+        let with = |change: &dyn Fn(&mut proto::Step)| {
+            let mut step = two.clone();
+            change(&mut step);
+            step
+        };
+        let tensor = |step: &mut proto::Step, change: &dyn Fn(&mut proto::Tensor)| {
+            change(step.tensor.as_mut().unwrap());
+        };
+        for (step, payload, says) in [
+            (with(&|s| s.tensor = None), 16, "no tensor"),
+            (with(&|s| tensor(s, &|t| t.dtype = 1)), 32, "hidden states in f32"),
+            (with(&|s| tensor(s, &|t| t.dtype = 77)), 16, "doesn't know"),
+            (with(&|s| tensor(s, &|t| t.hidden = 5)), 20, "hidden size 5"),
+            (with(&|s| tensor(s, &|t| t.rows = 0)), 0, "0 rows"),
+            (with(&|s| tensor(s, &|t| t.rows = u32::MAX)), 16, "rows, and the ticket"),
+            (two.clone(), 15, "15 bytes"),
+            (step(2, &[(0, 0, 1)]), 16, "the lanes name 1"),
+            (step(2, &[(0, 0, 1), (0, 1, 1)]), 16, "named twice"),
+            (step(2, &[(2, 0, 2)]), 16, "lane 2"),
+            (step(2, &[(0, 9, 2)]), 16, "grow to 11"),
+            (step(2, &[(0, u64::MAX, 2)]), 16, "grow to"),
+            (with(&|s| s.want = 9), 16, "wants 9"),
+        ] {
+            let refusal = check_step(&ticket, 4, &step, vec![0; payload].into()).unwrap_err();
+            assert!(refusal.message.contains(says), "{refusal} should say {says}");
+        }
+    }
+}

@@ -1,0 +1,275 @@
+//! A session is a numbered log: which step a hop applies, holds, answers again, ignores or refuses.
+//!
+//! The client numbers steps 1, 2, 3 … and never reuses a number; a hop applies step *n* only after *n* − 1. A number that
+//! was applied already is a retry: it is answered from what is kept, and nothing changes. Every change of route raises the
+//! epoch; frames of older epochs are dropped, and after an error so is the rest of that epoch. This module decides that,
+//! without sockets, clocks or tensors: `S` is a step that waits for its turn, `R` a reply that is kept.
+
+use std::collections::BTreeMap;
+
+/// What to do with a step that arrived.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Arrival<S, R> {
+    /// It is its turn: run it, then call [`StepLog::applied`] or [`StepLog::failed`].
+    Run(S),
+    /// It is kept until its turn comes.
+    Held,
+    /// A retry of a step that was applied: send this again.
+    Again(R),
+    /// Nothing to do.
+    Ignored(Ignored),
+    /// The client broke the rules.
+    Refused(Refused),
+}
+
+/// Why a step needs nothing done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ignored {
+    /// It belongs to an older route.
+    OldEpoch,
+    /// The route failed; only a new epoch goes on.
+    EpochFailed,
+    /// The same step is running or held.
+    UnderWay,
+    /// The client said itself that it holds the reply.
+    Confirmed,
+}
+
+/// Which rule a step broke.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// No ticket was shown for this epoch.
+    #[error("step {number} names epoch {epoch}, and the session was opened for epoch {opened}")]
+    UnknownEpoch {
+        /// The step.
+        number: u64,
+        /// What it names.
+        epoch: u64,
+        /// What the ticket names.
+        opened: u64,
+    },
+    /// Steps count from 1.
+    #[error("steps are numbered from 1; this one is 0")]
+    Zero,
+    /// More steps under way than the ticket allows.
+    #[error("step {number} is more than {credit} ahead of the last applied one, {applied}")]
+    BeyondCredit {
+        /// The step.
+        number: u64,
+        /// The last applied one.
+        applied: u64,
+        /// The ticket's `max_in_flight`.
+        credit: u64,
+    },
+}
+
+/// A session's log on one hop. See the module's docs.
+#[derive(Debug)]
+pub struct StepLog<S, R> {
+    epoch: u64,
+    failed: bool,
+    credit: u64,
+    applied: u64,
+    running: bool,
+    held: BTreeMap<u64, S>,
+    kept: BTreeMap<u64, R>,
+}
+
+impl<S, R: Clone> StepLog<S, R> {
+    /// An empty log of a session opened with `epoch`, that may have `credit` steps under way.
+    pub fn new(epoch: u64, credit: u32) -> Self {
+        Self {
+            epoch,
+            failed: false,
+            credit: u64::from(credit),
+            applied: 0,
+            running: false,
+            held: BTreeMap::new(),
+            kept: BTreeMap::new(),
+        }
+    }
+
+    /// The epoch whose frames count.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// The last step that was applied; 0 before the first.
+    pub fn last_applied(&self) -> u64 {
+        self.applied
+    }
+
+    /// Whether a step is being computed.
+    pub fn is_running(&self) -> bool {
+        self.running
+    }
+
+    /// Takes a step that arrived from the peer whose steps count.
+    pub fn arrive(&mut self, epoch: u64, number: u64, step: S) -> Arrival<S, R> {
+        if epoch < self.epoch {
+            return Arrival::Ignored(Ignored::OldEpoch);
+        }
+        if epoch > self.epoch {
+            return Arrival::Refused(Refused::UnknownEpoch { number, epoch, opened: self.epoch });
+        }
+        if self.failed {
+            return Arrival::Ignored(Ignored::EpochFailed);
+        }
+        if number == 0 {
+            return Arrival::Refused(Refused::Zero);
+        }
+        if number <= self.applied {
+            return match self.kept.get(&number) {
+                Some(reply) => Arrival::Again(reply.clone()),
+                None => Arrival::Ignored(Ignored::Confirmed),
+            };
+        }
+        let ahead = number - self.applied;
+        if ahead > self.credit {
+            return Arrival::Refused(Refused::BeyondCredit { number, applied: self.applied, credit: self.credit });
+        }
+        if self.held.contains_key(&number) || (self.running && ahead == 1) {
+            return Arrival::Ignored(Ignored::UnderWay);
+        }
+        if ahead == 1 {
+            self.running = true;
+            return Arrival::Run(step);
+        }
+        self.held.insert(number, step);
+        Arrival::Held
+    }
+
+    /// The running step was applied in `epoch`; keeps its reply for retries. Returns the next step to run, if it is there.
+    /// A result of an older epoch counts as applied, and its reply is kept, but what was held behind it is gone.
+    pub fn applied(&mut self, reply: R) -> Option<S> {
+        self.applied += 1;
+        self.kept.insert(self.applied, reply);
+        // A client that never confirms keeps no more than its credit.
+        while self.kept.len() as u64 > self.credit {
+            self.kept.pop_first();
+        }
+        let next = self.held.remove(&(self.applied + 1));
+        self.running = next.is_some();
+        next
+    }
+
+    /// The running step failed and was not applied: the rest of this epoch is ignored.
+    pub fn failed(&mut self) {
+        self.running = false;
+        self.fail_epoch();
+    }
+
+    /// The route failed: the rest of this epoch is ignored.
+    pub fn fail_epoch(&mut self) {
+        self.failed = true;
+        self.held.clear();
+    }
+
+    /// The client holds the replies up to `number`, so they need not be kept.
+    pub fn confirm(&mut self, number: u64) {
+        self.kept = self.kept.split_off(&number.saturating_add(1));
+    }
+
+    /// A ticket for a newer epoch was shown: what was held of the old one is forgotten, what was applied stays.
+    pub fn reopen(&mut self, epoch: u64) {
+        debug_assert!(epoch > self.epoch, "the caller compares epochs first");
+        self.epoch = epoch;
+        self.failed = false;
+        self.held.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    type Log = StepLog<u64, u64>;
+
+    fn run(log: &mut Log, number: u64) {
+        assert_eq!(log.arrive(1, number, number), Arrival::Run(number));
+    }
+
+    #[test]
+    fn steps_run_in_order_even_if_they_arrive_out_of_it() {
+        let mut log = Log::new(1, 4);
+        assert_eq!(log.arrive(1, 3, 3), Arrival::Held);
+        run(&mut log, 1);
+        assert_eq!(log.arrive(1, 2, 2), Arrival::Held);
+        assert_eq!(log.applied(10), Some(2));
+        assert_eq!(log.applied(20), Some(3));
+        assert_eq!(log.applied(30), None);
+        assert_eq!(log.last_applied(), 3);
+    }
+
+    #[test]
+    fn a_retry_is_answered_from_what_is_kept_and_changes_nothing() {
+        let mut log = Log::new(1, 2);
+        run(&mut log, 1);
+        assert_eq!(log.arrive(1, 1, 1), Arrival::Ignored(Ignored::UnderWay));
+        log.applied(10);
+        assert_eq!(log.arrive(1, 1, 1), Arrival::Again(10));
+        assert_eq!(log.last_applied(), 1);
+        log.confirm(1);
+        assert_eq!(log.arrive(1, 1, 1), Arrival::Ignored(Ignored::Confirmed));
+    }
+
+    #[test]
+    fn older_epochs_are_dropped_and_unknown_ones_refused() {
+        let mut log = Log::new(5, 2);
+        assert_eq!(log.arrive(4, 1, 1), Arrival::Ignored(Ignored::OldEpoch));
+        assert!(matches!(log.arrive(6, 1, 1), Arrival::Refused(Refused::UnknownEpoch { .. })));
+        log.reopen(6);
+        assert_eq!(log.arrive(6, 1, 1), Arrival::Run(1));
+        assert_eq!(log.arrive(5, 2, 2), Arrival::Ignored(Ignored::OldEpoch));
+    }
+
+    #[test]
+    fn after_an_error_the_rest_of_the_epoch_is_ignored() {
+        let mut log = Log::new(1, 3);
+        run(&mut log, 1);
+        assert_eq!(log.arrive(1, 2, 2), Arrival::Held);
+        log.failed();
+        assert_eq!(log.arrive(1, 1, 1), Arrival::Ignored(Ignored::EpochFailed));
+        assert_eq!(log.last_applied(), 0);
+        log.reopen(2);
+        assert_eq!(log.arrive(2, 1, 1), Arrival::Run(1));
+    }
+
+    #[test]
+    fn credit_bounds_what_is_held() {
+        let mut log = Log::new(1, 2);
+        assert_eq!(log.arrive(1, 2, 2), Arrival::Held);
+        assert!(matches!(log.arrive(1, 3, 3), Arrival::Refused(Refused::BeyondCredit { credit: 2, .. })));
+        assert!(matches!(log.arrive(1, u64::MAX, 3), Arrival::Refused(Refused::BeyondCredit { .. })));
+    }
+
+    proptest! {
+        /// Whatever arrives, in whatever order and however often: each number is applied once, in order, and no more is
+        /// held or kept than the credit.
+        #[test]
+        fn applied_once_in_order_and_bounded(
+            arrivals in proptest::collection::vec((0u64..3, 0u64..12, any::<bool>()), 1..200),
+            credit in 1u32..6,
+        ) {
+            let mut log = Log::new(1, credit);
+            let mut ran = Vec::new();
+            let mut in_hand = None;
+            for (epoch, number, finish) in arrivals {
+                if let Arrival::Run(step) = log.arrive(epoch, number, number) {
+                    prop_assert!(in_hand.is_none());
+                    in_hand = Some(step);
+                }
+                if finish && let Some(step) = in_hand.take() {
+                    ran.push(step);
+                    in_hand = log.applied(step * 10);
+                }
+                prop_assert!(log.held.len() <= credit as usize && log.kept.len() <= credit as usize);
+                prop_assert_eq!(log.is_running(), in_hand.is_some());
+            }
+            let expected: Vec<u64> = (1..=ran.len() as u64).collect();
+            prop_assert_eq!(ran, expected);
+        }
+    }
+}

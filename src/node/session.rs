@@ -1,0 +1,383 @@
+//! One session on one hop: takes steps from upstream, has them computed, passes the outputs on.
+//!
+//! The decisions are [`StepLog`]'s and [`border`](super::border)'s; this is the shell that moves bytes between the links and
+//! the engine. A session's KV cache travels with the step that is being computed and comes back with its result, so two
+//! steps of a session can't run at once. Results come on the engine's thread and are sent on from there: a step crosses no
+//! other task on its way through a hop.
+
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use libp2p::PeerId;
+
+use super::{
+    border::{self, Refusal},
+    held::HeldPermit,
+    log::{Arrival, StepLog},
+};
+use crate::{
+    engine::{Cache, Engine, Job, Place, StepError, StepOutput},
+    swarm::{
+        Frame, Link, SendError,
+        proto::{announcement, session as proto},
+        ticket::{SessionId, Ticket},
+    },
+};
+
+/// A step that waits for its turn, or is being computed.
+#[derive(Debug)]
+pub(crate) struct Pending {
+    pub(crate) step: proto::Step,
+    pub(crate) payload: Bytes,
+    pub(crate) permit: HeldPermit,
+}
+
+/// What a step's output was sent on as; kept for retries until the client confirms it.
+#[derive(Debug, Clone)]
+struct Reply {
+    body: proto::frame::Body,
+    payload: Bytes,
+    _permit: Arc<HeldPermit>,
+}
+
+/// A session on this hop. Dropping the last handle gives its pages back.
+pub(crate) struct HopSession {
+    id: SessionId,
+    client: PeerId,
+    engine: Engine,
+    step_deadline: Duration,
+    cancelled: Arc<AtomicBool>,
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    ticket: Ticket,
+    log: StepLog<Pending, Reply>,
+    /// Away while a step is being computed.
+    cache: Option<Cache>,
+    control: Link,
+    control_lost: Option<Instant>,
+    /// `None` where the client itself is downstream.
+    downstream: Option<Link>,
+    last_used: Instant,
+}
+
+/// The links of a session: the client's, and the next hop's where that is not the client.
+pub(crate) struct Links {
+    pub(crate) control: Link,
+    pub(crate) downstream: Option<Link>,
+}
+
+/// What the client is told of a fault.
+struct Report {
+    code: proto::Code,
+    blame: proto::Blame,
+    number: u64,
+    /// The other peer that it is about.
+    about: Option<PeerId>,
+    message: String,
+}
+
+/// The sender of a step is not the one that the ticket names.
+pub(crate) struct NotUpstream;
+
+impl HopSession {
+    pub(crate) fn new(
+        ticket: Ticket,
+        links: Links,
+        engine: Engine,
+        step_deadline: Duration,
+        now: Instant,
+    ) -> Result<Self, StepError> {
+        let cache = engine.cache(ticket.blocks.clone())?;
+        Ok(Self {
+            id: ticket.session,
+            client: ticket.client,
+            engine,
+            step_deadline,
+            cancelled: Arc::default(),
+            inner: Mutex::new(Inner {
+                log: StepLog::new(ticket.epoch, ticket.limits.max_in_flight),
+                ticket,
+                cache: Some(cache),
+                control: links.control,
+                control_lost: None,
+                downstream: links.downstream,
+                last_used: now,
+            }),
+        })
+    }
+
+    pub(crate) fn client(&self) -> PeerId {
+        self.client
+    }
+
+    /// A panic elsewhere can't leave the state half changed: every change is made in one go, under the lock.
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The client showed another ticket for this session: a newer epoch changes the route and keeps the cache; the same
+    /// ticket again is a client that came back on a new connection.
+    pub(crate) fn reopen(&self, ticket: Ticket, links: Links, now: Instant) -> Result<(), Refusal> {
+        let mut inner = self.lock();
+        if ticket.epoch < inner.log.epoch() || (ticket.epoch == inner.log.epoch() && ticket != inner.ticket) {
+            return Err(Refusal::new(
+                proto::Code::BadTicket,
+                format!("the session is open with epoch {}; a changed ticket needs a higher one", inner.log.epoch()),
+            ));
+        }
+        let (old, new) = (&inner.ticket, &ticket);
+        if (&old.blocks, old.wire_dtype, old.limits) != (&new.blocks, new.wire_dtype, new.limits) {
+            return Err(Refusal::new(
+                proto::Code::BadTicket,
+                "blocks, dtype and limits of a session can't change; open a new one",
+            ));
+        }
+        if ticket.epoch > inner.log.epoch() {
+            inner.log.reopen(ticket.epoch);
+        }
+        inner.ticket = ticket;
+        inner.control = links.control;
+        inner.control_lost = None;
+        inner.downstream = links.downstream;
+        inner.last_used = now;
+        Ok(())
+    }
+
+    /// Takes a step from `link`.
+    pub(crate) fn step(
+        self: &Arc<Self>,
+        link: &Link,
+        epoch: u64,
+        pending: Pending,
+        now: Instant,
+    ) -> Result<(), NotUpstream> {
+        let mut inner = self.lock();
+        if link.peer() != inner.ticket.upstream {
+            return Err(NotUpstream);
+        }
+        inner.last_used = now;
+        let number = pending.step.number;
+        if epoch == inner.log.epoch() {
+            inner.log.confirm(pending.step.confirmed);
+        }
+        match inner.log.arrive(epoch, number, pending) {
+            Arrival::Run(pending) => self.run(inner, pending),
+            Arrival::Held => {}
+            Arrival::Again(reply) => self.deliver(&mut inner, number, reply),
+            Arrival::Ignored(why) => tracing::debug!(session = %self.id, number, ?why, "step ignored"),
+            Arrival::Refused(why) => {
+                inner.log.fail_epoch();
+                let (code, blame) = (proto::Code::WrongStep, proto::Blame::Client);
+                self.fault(&inner, Report { code, blame, number, about: None, message: why.to_string() });
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands the step whose turn it is to the engine.
+    fn run(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>, pending: Pending) {
+        let Pending { step, payload, permit } = pending;
+        let hidden = self.engine.spec().hidden_size;
+        let checked = match border::check_step(&inner.ticket, hidden, &step, payload) {
+            Ok(checked) => checked,
+            Err(refusal) => {
+                inner.log.failed();
+                // The first hop hears the client; behind it a wrong shape is the work of the hop before.
+                let blame =
+                    if inner.ticket.upstream == self.client { proto::Blame::Client } else { proto::Blame::Upstream };
+                let Refusal { code, message } = refusal;
+                self.fault(&inner, Report { code, blame, number: step.number, about: None, message });
+                return;
+            }
+        };
+        let Some(cache) = inner.cache.take() else {
+            // The log runs one step at a time and the cache comes back before the log hears of it, so this can't happen;
+            // if it does, the session fails instead of the node.
+            inner.log.failed();
+            let (code, blame) = (proto::Code::Internal, proto::Blame::Hop);
+            let message = "the session's KV cache is away".to_owned();
+            self.fault(&inner, Report { code, blame, number: step.number, about: None, message });
+            return;
+        };
+        let last_hop = inner.downstream.is_none();
+        drop(inner); // the engine may refuse at once, on this thread
+        let session = self.clone();
+        self.engine.submit(Job {
+            cache,
+            lanes: checked.lanes,
+            hidden: checked.hidden,
+            rope_length: checked.rope_length,
+            keep: if last_hop { checked.keep } else { crate::engine::Keep::All },
+            deadline: Instant::now() + self.step_deadline,
+            cancelled: self.cancelled.clone(),
+            done: Box::new(move |cache, result| session.computed(cache, result, step, permit)),
+        });
+    }
+
+    /// Takes a step's result from the engine, on the engine's thread.
+    fn computed(
+        self: &Arc<Self>,
+        cache: Cache,
+        result: Result<StepOutput, StepError>,
+        step: proto::Step,
+        permit: HeldPermit,
+    ) {
+        let mut inner = self.lock();
+        if self.cancelled.load(Ordering::Relaxed) {
+            return; // closed meanwhile: the pages go back with `cache`
+        }
+        inner.cache = Some(cache);
+        inner.last_used = Instant::now();
+        let number = step.number;
+        match result {
+            Ok(output) => {
+                let reply = reply(&inner, step, output, permit);
+                let next = inner.log.applied(reply.clone());
+                self.deliver(&mut inner, number, reply);
+                if let Some(next) = next {
+                    self.run(inner, next);
+                }
+            }
+            Err(error) => {
+                inner.log.failed();
+                let (code, blame) = classify(&error);
+                tracing::debug!(session = %self.id, number, %error, "step failed");
+                self.fault(&inner, Report { code, blame, number, about: None, message: error.to_string() });
+            }
+        }
+    }
+
+    /// Sends an output to where the ticket says.
+    fn deliver(&self, inner: &mut Inner, number: u64, reply: Reply) {
+        let link = inner.downstream.as_ref().unwrap_or(&inner.control);
+        let frame = Frame { header: self.header(inner.log.epoch(), reply.body), payload: reply.payload };
+        let Err(error) = link.send(frame) else { return };
+        let peer = link.peer();
+        if peer == self.client {
+            return; // it comes back and asks again, or the session ends
+        }
+        let code = match error {
+            SendError::Closed { .. } => proto::Code::NextHopLost,
+            SendError::Full { .. } => proto::Code::Busy,
+            SendError::TooLarge { .. } => proto::Code::TooLarge,
+        };
+        self.downstream_lost(inner, code, peer, format!("step {number} can't be passed on: {error}"));
+    }
+
+    /// The link to `peer` ended. Returns whether it was this session's.
+    pub(crate) fn link_closed(&self, link: &Link, now: Instant) {
+        let mut inner = self.lock();
+        if inner.control.id() == link.id() {
+            inner.control_lost = Some(now);
+        }
+        if inner.downstream.as_ref().is_some_and(|downstream| downstream.id() == link.id()) {
+            let message = "the connection to the next hop was lost".to_owned();
+            self.downstream_lost(&mut inner, proto::Code::NextHopLost, link.peer(), message);
+        }
+    }
+
+    /// The next hop answered with an error of its own (it doesn't know the client): passes it to the client.
+    pub(crate) fn downstream_fault(&self, link: &Link, fault: &proto::Fault) {
+        let mut inner = self.lock();
+        if inner.downstream.as_ref().is_none_or(|downstream| downstream.id() != link.id()) {
+            return;
+        }
+        let message = format!("the next hop refuses: {}", fault.message);
+        self.downstream_lost(&mut inner, proto::Code::NextHopLost, link.peer(), message);
+    }
+
+    /// Whether the session has outlived its client: it went `grace` ago, or has been silent for `idle`.
+    pub(crate) fn is_over(&self, now: Instant, grace: Duration, idle: Duration) -> Option<&'static str> {
+        let inner = self.lock();
+        if inner.control_lost.is_some_and(|lost| now.duration_since(lost) > grace) {
+            return Some("its client is gone");
+        }
+        (!inner.log.is_running() && now.duration_since(inner.last_used) > idle).then_some("it was idle for too long")
+    }
+
+    /// Ends the session: a step under way is thrown away.
+    pub(crate) fn close(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+        self.lock().cache = None;
+    }
+
+    /// Tells the client why the session ends here.
+    pub(crate) fn tell_leaving(&self, code: proto::Code, message: &str) {
+        let inner = self.lock();
+        let number = inner.log.last_applied();
+        let blame = proto::Blame::Nobody;
+        self.fault(&inner, Report { code, blame, number, about: None, message: message.to_owned() });
+    }
+
+    fn fault(&self, inner: &Inner, report: Report) {
+        tracing::debug!(session = %self.id, message = report.message, "telling the client of a fault");
+        let fault = proto::Fault {
+            code: report.code.into(),
+            blame: report.blame.into(),
+            maybe_applied: report.number <= inner.log.last_applied(),
+            number: report.number,
+            peer: report.about.map(|peer| peer.to_bytes().into()).unwrap_or_default(),
+            message: report.message,
+        };
+        let header = self.header(inner.log.epoch(), proto::frame::Body::Fault(fault));
+        if inner.control.send(Frame { header, payload: Bytes::new() }).is_err() {
+            tracing::debug!(session = %self.id, "the client can't be told: its link is gone");
+        }
+    }
+
+    /// The route behind this hop is broken: nothing of this epoch goes on.
+    fn downstream_lost(&self, inner: &mut Inner, code: proto::Code, peer: PeerId, message: String) {
+        inner.log.fail_epoch();
+        let number = inner.log.last_applied();
+        self.fault(inner, Report { code, blame: proto::Blame::Downstream, number, about: Some(peer), message });
+    }
+
+    fn header(&self, epoch: u64, body: proto::frame::Body) -> proto::Frame {
+        proto::Frame { session: self.id.to_wire(), epoch, body: Some(body) }
+    }
+}
+
+/// What a computed step is sent on as: a step for the next hop, an output for the client.
+fn reply(inner: &Inner, step: proto::Step, output: StepOutput, permit: HeldPermit) -> Reply {
+    let micros = |time: Duration| u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
+    let mut times = step.times;
+    times.push(proto::HopTime { queue_us: micros(output.queued), compute_us: micros(output.computed) });
+    let hidden = output.hidden;
+    let tensor = (hidden.rows > 0).then(|| proto::Tensor {
+        dtype: announcement::Dtype::from(hidden.dtype).into(),
+        rows: hidden.rows as u32,
+        hidden: hidden.hidden as u32,
+    });
+    let body = if inner.downstream.is_some() {
+        proto::frame::Body::Step(proto::Step { tensor, times, ..step })
+    } else {
+        proto::frame::Body::Output(proto::Output { number: step.number, tensor, times })
+    };
+    Reply { body, payload: hidden.bytes, _permit: Arc::new(permit) }
+}
+
+/// Whose fault an engine's error is, and what the client is told.
+fn classify(error: &StepError) -> (proto::Code, proto::Blame) {
+    use proto::{Blame, Code};
+    match error {
+        StepError::CacheFull { .. } => (Code::CacheFull, Blame::Nobody),
+        StepError::QueueFull { .. } => (Code::Busy, Blame::Nobody),
+        StepError::Deadline => (Code::Deadline, Blame::Nobody),
+        StepError::Cancelled => (Code::UnknownSession, Blame::Nobody),
+        StepError::WrongPosition { .. } => (Code::WrongPosition, Blame::Client),
+        StepError::BadShape(_) => (Code::BadTensor, Blame::Client),
+        StepError::WrongBlocks { .. } => (Code::WrongBlocks, Blame::Client),
+        StepError::ContextExceeded { .. } => (Code::TooLarge, Blame::Client),
+        StepError::NonFinite { place: Place::Input, .. } => (Code::NonFinite, Blame::Upstream),
+        StepError::NonFinite { place: Place::Block(_), .. } => (Code::NonFinite, Blame::Hop),
+        StepError::Internal(_) => (Code::Internal, Blame::Hop),
+    }
+}

@@ -1,0 +1,411 @@
+//! All sessions of a node, and what it does with every frame that arrives: the border of the node.
+//!
+//! Whatever a peer sends, the node goes on: what is not allowed is counted, answered where an answer helps an honest peer,
+//! and changes nothing.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use libp2p::PeerId;
+
+use super::{
+    border::{Hosted, Refusal},
+    held::HeldBytes,
+    session::{HopSession, Links, NotUpstream, Pending},
+};
+use crate::{
+    engine::Engine,
+    swarm::{
+        Frame, Link, Service, Swarm,
+        announcement::{Announcement, unix_ms},
+        proto::{rpc, session as proto},
+        ticket::{SessionId, Ticket},
+    },
+};
+
+/// How many sessions, and for how long.
+#[derive(Debug, Clone, Copy)]
+pub struct SessionSettings {
+    /// Sessions at a time. Each may hold a few steps, so this bounds tasks; `held_bytes` bounds their memory.
+    pub max_sessions: usize,
+    /// Sessions of one client at a time, so that one can't shut out the others.
+    pub max_sessions_per_client: usize,
+    /// Bytes of waiting steps and kept replies, over all sessions.
+    pub held_bytes: usize,
+    /// How long a step may wait for its turn and for KV pages.
+    pub step_deadline: Duration,
+    /// How long a session outlives its client's connection.
+    pub reconnect_grace: Duration,
+    /// How long a session may be silent.
+    pub idle: Duration,
+}
+
+impl Default for SessionSettings {
+    fn default() -> Self {
+        Self {
+            max_sessions: 1024,
+            max_sessions_per_client: 512,
+            held_bytes: 1 << 30,
+            step_deadline: Duration::from_secs(30),
+            reconnect_grace: Duration::from_secs(15),
+            idle: Duration::from_secs(600),
+        }
+    }
+}
+
+/// Connecting to the next hop takes no longer than this, so that an opening is answered while the client still waits.
+const NEXT_HOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What the sessions need of the node; there once its blocks are loaded.
+pub(crate) struct Host {
+    pub(crate) engine: Engine,
+    pub(crate) swarm: Swarm,
+    pub(crate) hosted: Hosted,
+}
+
+/// A node's sessions. See the module's docs.
+pub struct Sessions {
+    settings: SessionSettings,
+    host: OnceLock<Host>,
+    leaving: AtomicBool,
+    held: HeldBytes,
+    sessions: Mutex<HashMap<SessionId, Arc<HopSession>>>,
+    opening: AtomicU32,
+    steps: AtomicU64,
+    refused: AtomicU64,
+}
+
+impl Sessions {
+    /// No sessions yet, and none accepted until [`Sessions::serve`].
+    pub fn new(settings: SessionSettings) -> Arc<Self> {
+        Arc::new(Self {
+            settings,
+            host: OnceLock::new(),
+            leaving: AtomicBool::new(false),
+            held: HeldBytes::new(settings.held_bytes),
+            sessions: Mutex::default(),
+            opening: AtomicU32::new(0),
+            steps: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+        })
+    }
+
+    /// Accepts sessions from now on.
+    pub(crate) fn serve(&self, host: Host) {
+        if self.host.set(host).is_err() {
+            tracing::error!("a node's blocks were loaded twice; the first stay");
+        }
+    }
+
+    /// How many sessions are open.
+    pub fn count(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// Takes no new sessions, and tells the clients of the open ones that the node is going.
+    pub fn leave(&self) {
+        self.leaving.store(true, Ordering::Relaxed);
+        for session in self.all() {
+            session.tell_leaving(proto::Code::Leaving, "the node was asked to stop");
+        }
+    }
+
+    /// Ends the sessions that have outlived their clients.
+    pub(crate) fn sweep(&self, now: Instant) {
+        let over: Vec<_> = self
+            .lock()
+            .iter()
+            .filter_map(|(id, session)| {
+                let why = session.is_over(now, self.settings.reconnect_grace, self.settings.idle)?;
+                Some((*id, why))
+            })
+            .collect();
+        for (id, why) in over {
+            if let Some(session) = self.lock().remove(&id) {
+                tracing::info!(session = %id, "closing a session: {why}");
+                session.tell_leaving(proto::Code::UnknownSession, &format!("the session was closed: {why}"));
+                session.close();
+            }
+        }
+    }
+
+    /// The map is changed in single operations, so a panic elsewhere can't leave it half changed.
+    fn lock(&self) -> MutexGuard<'_, HashMap<SessionId, Arc<HopSession>>> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn all(&self) -> Vec<Arc<HopSession>> {
+        self.lock().values().cloned().collect()
+    }
+
+    fn get(&self, id: SessionId) -> Option<Arc<HopSession>> {
+        self.lock().get(&id).cloned()
+    }
+
+    fn refuse(&self, link: &Link, frame: &proto::Frame, refusal: Refusal, number: u64) {
+        self.refused.fetch_add(1, Ordering::Relaxed);
+        tracing::debug!(peer = %link.peer(), %refusal, "refused a frame");
+        let fault = proto::Fault {
+            code: refusal.code.into(),
+            blame: match refusal.code {
+                proto::Code::Busy | proto::Code::Leaving | proto::Code::CacheFull => proto::Blame::Nobody,
+                proto::Code::NextHopLost => proto::Blame::Downstream,
+                _ => proto::Blame::Client,
+            }
+            .into(),
+            maybe_applied: false,
+            number,
+            peer: Bytes::new(),
+            message: refusal.message,
+        };
+        let header = proto::Frame {
+            session: frame.session.clone(),
+            epoch: frame.epoch,
+            body: Some(proto::frame::Body::Fault(fault)),
+        };
+        if link.send(Frame { header, payload: Bytes::new() }).is_err() {
+            tracing::debug!(peer = %link.peer(), "a refusal could not be sent");
+        }
+    }
+
+    fn step(&self, link: &Link, header: proto::Frame, step: proto::Step, payload: Bytes) {
+        let number = step.number;
+        let unknown = || Refusal::new(proto::Code::UnknownSession, "no such session with this peer upstream of it");
+        let Some(session) = SessionId::from_wire(&header.session).and_then(|id| self.get(id)) else {
+            return self.refuse(link, &header, unknown(), number);
+        };
+        let Some(permit) = self.held.take(payload.len()) else {
+            let message = format!(
+                "this node holds {} MiB of waiting steps, the most it may: try again",
+                self.settings.held_bytes >> 20
+            );
+            return self.refuse(link, &header, Refusal::new(proto::Code::Busy, message), number);
+        };
+        match session.step(link, header.epoch, Pending { step, payload, permit }, Instant::now()) {
+            Ok(()) => {
+                self.steps.fetch_add(1, Ordering::Relaxed);
+            }
+            // The answer is that for an unknown session: a stranger learns nothing.
+            Err(NotUpstream) => self.refuse(link, &header, unknown(), number),
+        }
+    }
+
+    fn close(&self, link: &Link, header: &proto::Frame) {
+        let Some(id) = SessionId::from_wire(&header.session) else { return };
+        let mut sessions = self.lock();
+        match sessions.get(&id) {
+            Some(session) if session.client() == link.peer() => {
+                session.close();
+                sessions.remove(&id);
+            }
+            Some(_) => {
+                drop(sessions);
+                let message = "no such session of this client";
+                self.refuse(link, header, Refusal::new(proto::Code::UnknownSession, message), 0);
+            }
+            None => {} // closed already
+        }
+    }
+
+    /// Everything about an opening that needs no waiting. Returns the ticket and the next hop, if it is another peer.
+    fn check_open(&self, link: &Link, header: &proto::Frame, open: &proto::Open) -> Result<Opening<'_>, Refusal> {
+        use proto::Code;
+        let Some(host) = self.host.get() else {
+            return Err(Refusal::new(Code::Busy, "this node is still loading its blocks"));
+        };
+        if self.leaving.load(Ordering::Relaxed) {
+            return Err(Refusal::new(Code::Leaving, "this node was asked to stop"));
+        }
+        let ticket =
+            Ticket::verify(open, unix_ms()).map_err(|error| Refusal::new(Code::BadTicket, error.to_string()))?;
+        if Some(ticket.session) != SessionId::from_wire(&header.session) || ticket.epoch != header.epoch {
+            return Err(Refusal::new(Code::BadTicket, "the ticket is for another session or epoch than its frame"));
+        }
+        let next = open
+            .next
+            .as_ref()
+            .map(|next| Announcement::from_signed(next, unix_ms()))
+            .transpose()
+            .map_err(|error| Refusal::new(Code::BadTicket, format!("the next hop's announcement: {error}")))?;
+        host.hosted.check_ticket(&ticket, link.peer(), next.as_ref())?;
+        let next = next.filter(|next| next.peer_id == ticket.downstream);
+        let existing = self.get(ticket.session);
+        if existing.as_ref().is_some_and(|session| session.client() != ticket.client) {
+            return Err(Refusal::new(Code::NotAllowed, "the session belongs to another client"));
+        }
+        if existing.is_none() {
+            let sessions = self.lock();
+            let opening = self.opening.load(Ordering::Relaxed) as usize; // this one included
+            if sessions.len() + opening > self.settings.max_sessions {
+                let message = format!("this node has {} sessions, the most it may", sessions.len());
+                return Err(Refusal::new(Code::Busy, message));
+            }
+            let own = sessions.values().filter(|session| session.client() == ticket.client).count();
+            if own >= self.settings.max_sessions_per_client {
+                return Err(Refusal::new(Code::Busy, format!("{own} sessions of one client are the most here")));
+            }
+        }
+        Ok(Opening { host, ticket, next, existing })
+    }
+
+    /// Opens a session: checks the ticket, connects to the next hop, answers.
+    async fn open(self: Arc<Self>, link: Link, header: proto::Frame, open: proto::Open) {
+        match self.try_open(&link, &header, &open).await {
+            Ok(opened) => {
+                let header = proto::Frame { body: Some(proto::frame::Body::Opened(opened)), ..header };
+                if link.send(Frame { header, payload: Bytes::new() }).is_err() {
+                    tracing::debug!(peer = %link.peer(), "the client left while its session was opened");
+                }
+            }
+            Err(refusal) => self.refuse(&link, &header, refusal, 0),
+        }
+    }
+
+    async fn try_open(&self, link: &Link, header: &proto::Frame, open: &proto::Open) -> Result<proto::Opened, Refusal> {
+        use proto::Code;
+        let Opening { host, ticket, next, existing } = self.check_open(link, header, open)?;
+        let downstream = match next {
+            None => None,
+            Some(next) => {
+                let link = tokio::time::timeout(NEXT_HOP_TIMEOUT, host.swarm.link(next.peer_id, &next.addresses)).await;
+                let lost = |why: String| {
+                    Refusal::new(
+                        Code::NextHopLost,
+                        format!(
+                            "the next hop {} (blocks {}:{}) can't be reached from here: {why}",
+                            next.peer_id, next.span.start, next.span.end
+                        ),
+                    )
+                };
+                Some(
+                    link.map_err(|_| lost(format!("no answer in {} s", NEXT_HOP_TIMEOUT.as_secs())))?
+                        .map_err(|error| lost(error.to_string()))?,
+                )
+            }
+        };
+        let links = Links { control: link.clone(), downstream };
+        let now = Instant::now();
+        match existing {
+            Some(session) => session.reopen(ticket, links, now)?,
+            None => {
+                let id = ticket.session;
+                let session = HopSession::new(ticket, links, host.engine.clone(), self.settings.step_deadline, now)
+                    .map_err(|error| Refusal::new(Code::Busy, error.to_string()))?;
+                let mut sessions = self.lock();
+                if sessions.contains_key(&id) {
+                    return Err(Refusal::new(Code::Busy, "the session is being opened twice at once"));
+                }
+                sessions.insert(id, Arc::new(session));
+            }
+        }
+        let load = host.engine.load_now();
+        Ok(proto::Opened { cache_tokens_left: load.cache_tokens_left as u64, queue: load.queue as u32 })
+    }
+
+    /// What the node says of itself when asked.
+    pub(crate) fn info(&self) -> rpc::InfoResponse {
+        let load = self.host.get().map(|host| host.engine.load_now());
+        rpc::InfoResponse {
+            cache_tokens_left: load.map_or(0, |load| load.cache_tokens_left as u64),
+            cache_tokens_total: load.map_or(0, |load| load.cache_tokens_total as u64),
+            sessions: self.count() as u32,
+            steps: self.steps.load(Ordering::Relaxed),
+            frames_refused: self.refused.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// An opening that passed the checks.
+struct Opening<'a> {
+    host: &'a Host,
+    ticket: Ticket,
+    next: Option<Announcement>,
+    existing: Option<Arc<HopSession>>,
+}
+
+/// Counts an opening under way, so that many at once can't pass the limit together.
+struct OpeningPermit(Arc<Sessions>);
+
+impl OpeningPermit {
+    /// `None` where as many are under way as there may be sessions.
+    fn take(sessions: &Arc<Sessions>) -> Option<Self> {
+        let most = sessions.settings.max_sessions as u32;
+        sessions.opening.try_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < most).then_some(n + 1)).ok()?;
+        Some(Self(sessions.clone()))
+    }
+}
+
+impl Drop for OpeningPermit {
+    fn drop(&mut self) {
+        self.0.opening.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A [`Sessions`] as the swarm calls it.
+pub struct NodeService(pub Arc<Sessions>);
+
+impl Service for NodeService {
+    fn frame(&self, link: &Link, frame: Frame) {
+        use proto::frame::Body;
+        let sessions = &self.0;
+        let Frame { mut header, payload } = frame;
+        match header.body.take() {
+            Some(Body::Step(step)) => sessions.step(link, header, step, payload),
+            Some(Body::Open(open)) => match OpeningPermit::take(sessions) {
+                Some(permit) => {
+                    let opening = sessions.clone().open(link.clone(), header, open);
+                    tokio::spawn(async move {
+                        opening.await;
+                        drop(permit);
+                    });
+                }
+                None => {
+                    let refusal = Refusal::new(proto::Code::Busy, "too many sessions are being opened: try again");
+                    sessions.refuse(link, &header, refusal, 0);
+                }
+            },
+            Some(Body::Close(_)) => sessions.close(link, &header),
+            Some(Body::Ping(ping)) => {
+                let body = Some(Body::Pong(proto::Pong { nonce: ping.nonce }));
+                if link.send(Frame { header: proto::Frame { body, ..header }, payload: Bytes::new() }).is_err() {
+                    tracing::debug!(peer = %link.peer(), "a ping could not be answered");
+                }
+            }
+            Some(Body::Fault(fault)) => {
+                let session = SessionId::from_wire(&header.session).and_then(|id| sessions.get(id));
+                if let Some(session) = session {
+                    session.downstream_fault(link, &fault);
+                }
+            }
+            Some(Body::Opened(_) | Body::Output(_) | Body::Pong(_)) | None => {
+                tracing::debug!(peer = %link.peer(), "ignored a frame that a node has no use for");
+            }
+        }
+    }
+
+    fn link_closed(&self, link: &Link) {
+        for session in self.0.all() {
+            session.link_closed(link, Instant::now());
+        }
+    }
+
+    fn request(&self, from: PeerId, request: rpc::Request) -> BoxFuture<'static, rpc::Response> {
+        let body = match request.body {
+            Some(rpc::request::Body::Info(_)) => rpc::response::Body::Info(self.0.info()),
+            _ => {
+                tracing::debug!(%from, "a request that this version doesn't know");
+                let message = "this node doesn't know that request".to_owned();
+                rpc::response::Body::Failure(rpc::Failure { message })
+            }
+        };
+        Box::pin(async move { rpc::Response { body: Some(body) } })
+    }
+}
