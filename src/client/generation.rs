@@ -1,0 +1,367 @@
+//! Generating text through a swarm: prompt in chunks, then token by token.
+
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::{
+    Client, ClientError,
+    sampling::{Sampler, SamplingOptions},
+    session::{Route, Session, Step, StepAnswer, Want},
+    stop::StopStrings,
+};
+use crate::{engine::LaneRun, model::tokenizer::TextStream, swarm::ticket::SessionLimits};
+
+/// Chunks of a prompt under way at a time: enough that every hop of a usual route has one to work on.
+const CHUNKS_IN_FLIGHT: u32 = 4;
+
+/// What to generate.
+#[derive(Debug, Clone)]
+pub struct GenerationOptions {
+    /// Tokens at most; the model's context is a limit too.
+    pub max_tokens: usize,
+    /// How tokens are chosen.
+    pub sampling: SamplingOptions,
+    /// Generation ends before the first of these in the text.
+    pub stop: Vec<String>,
+    /// Goes on after an end-of-sequence token.
+    pub ignore_eos: bool,
+    /// Tokens of the prompt in one step.
+    pub prefill_chunk: usize,
+    /// How long to wait for a swarm that is not complete.
+    pub wait: Duration,
+}
+
+impl Default for GenerationOptions {
+    fn default() -> Self {
+        Self {
+            max_tokens: 256,
+            sampling: SamplingOptions::default(),
+            stop: Vec::new(),
+            ignore_eos: false,
+            prefill_chunk: 128,
+            wait: Duration::ZERO,
+        }
+    }
+}
+
+/// Why a generation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FinishReason {
+    /// A stop string appeared.
+    Stop,
+    /// As many tokens as were asked for, or as the context holds.
+    Length,
+    /// The model ended the sequence.
+    Eos,
+}
+
+/// One hop in a [`Generation`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct RouteEntry {
+    /// The hop's peer.
+    pub peer_id: String,
+    /// The blocks it ran, half-open.
+    pub span: [usize; 2],
+}
+
+/// How many tokens.
+#[derive(Debug, Clone, Serialize)]
+pub struct Usage {
+    /// Of the prompt.
+    pub prompt_tokens: usize,
+    /// Generated.
+    pub completion_tokens: usize,
+}
+
+/// How long it took.
+#[derive(Debug, Clone, Serialize)]
+pub struct Timing {
+    /// Finding the route and opening the session.
+    pub route_ms: f64,
+    /// From the start to the first token, the route included.
+    pub time_to_first_token_ms: f64,
+    /// Of the tokens after the first; absent where there is one at most.
+    pub decode_tokens_per_second: Option<f64>,
+    /// All of it.
+    pub total_ms: f64,
+}
+
+/// `client generate --json`.
+#[derive(Debug, Clone, Serialize)]
+pub struct Generation {
+    /// The generated text, without special tokens and the stop string.
+    pub text: String,
+    /// The prompt.
+    pub prompt_ids: Vec<u32>,
+    /// What was generated, the end-of-sequence token included.
+    pub output_ids: Vec<u32>,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// How many tokens.
+    pub usage: Usage,
+    /// How long it took.
+    pub timing: Timing,
+    /// Through whom it went.
+    pub route: Vec<RouteEntry>,
+    /// How many lost hops were replaced on the way.
+    pub recoveries: usize,
+    /// Whether all hops computed alike, so that the tokens are those of one machine.
+    pub exact: bool,
+}
+
+/// What happens on the way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum GenerationEvent {
+    /// The route was chosen and the session is open.
+    Route {
+        /// Its hops.
+        route: Vec<RouteEntry>,
+    },
+    /// A token was chosen.
+    Token {
+        /// Its id.
+        token_id: u32,
+        /// The text that is certain now; may be empty.
+        text: String,
+    },
+}
+
+impl Client {
+    /// Generates from `prompt_ids`, and calls `on_event` as it goes.
+    ///
+    /// # Errors
+    /// Where the request makes no sense for the model (an empty or too long prompt, ids outside the vocabulary, sampling
+    /// settings out of range), the swarm is incomplete, or a hop is lost.
+    pub async fn generate(
+        &self,
+        prompt_ids: &[u32],
+        options: &GenerationOptions,
+        on_event: &mut (dyn FnMut(GenerationEvent) + Send),
+    ) -> Result<Generation, ClientError> {
+        let started = Instant::now();
+        if options.max_tokens == 0 {
+            return Err(ClientError::Request("max-tokens is 0: ask for at least one token".to_owned()));
+        }
+        let longest = self.check_prompt(prompt_ids)?.min(prompt_ids.len().saturating_add(options.max_tokens));
+        let mut sampler = Sampler::new(options.sampling.clone(), prompt_ids)?;
+        let limits = SessionLimits {
+            max_lanes: 1,
+            max_tokens: longest as u64,
+            max_in_flight: CHUNKS_IN_FLIGHT,
+            max_step_tokens: options.prefill_chunk.min(prompt_ids.len()).max(1) as u32,
+        };
+        let (mut session, route) = self.open_session(limits, options.wait).await?;
+        let route_time = started.elapsed();
+        let entries = entries(&route);
+        on_event(GenerationEvent::Route { route: entries.clone() });
+
+        let mut writer = Writer {
+            stream: Some(self.model().tokenizer().stream(prompt_ids)),
+            stops: StopStrings::new(options.stop.iter().cloned()),
+            text: String::new(),
+            output_ids: Vec::new(),
+        };
+        let mut answer =
+            self.prefill(&mut session, prompt_ids, options.prefill_chunk, Want::Last, &mut |_| Ok(())).await?;
+        let mut first_token = None;
+        let finish_reason = loop {
+            let logits = self.logits(&answer)?;
+            let id = sampler.sample(&logits)?;
+            first_token.get_or_insert_with(|| started.elapsed());
+            let position = prompt_ids.len() + writer.output_ids.len();
+            let ends = if self.model().is_eos(id) && !options.ignore_eos {
+                Some(FinishReason::Eos)
+            } else {
+                (position + 1 >= longest).then_some(FinishReason::Length)
+            };
+            let ends = writer.write(id, ends, on_event)?;
+            if let Some(reason) = ends {
+                break reason;
+            }
+            answer = self.decode(&mut session, id, position).await?;
+        };
+        let total = started.elapsed();
+
+        let completion_tokens = writer.output_ids.len();
+        let decode_time = total.saturating_sub(first_token.unwrap_or(total)).as_secs_f64();
+        Ok(Generation {
+            text: writer.text,
+            prompt_ids: prompt_ids.to_vec(),
+            output_ids: writer.output_ids,
+            finish_reason,
+            usage: Usage { prompt_tokens: prompt_ids.len(), completion_tokens },
+            timing: Timing {
+                route_ms: millis(route_time),
+                time_to_first_token_ms: millis(first_token.unwrap_or(total)),
+                decode_tokens_per_second: (completion_tokens > 1)
+                    .then(|| (completion_tokens - 1) as f64 / decode_time.max(1e-9)),
+                total_ms: millis(total),
+            },
+            route: entries,
+            recoveries: 0,
+            exact: route.is_uniform(),
+        })
+    }
+
+    /// The logits of every position of `ids`: `[ids, vocabulary]`, row-major.
+    ///
+    /// # Errors
+    /// As [`Client::generate`].
+    pub async fn score(&self, ids: &[u32], options: &GenerationOptions) -> Result<Vec<f32>, ClientError> {
+        self.check_prompt(ids)?;
+        let limits = SessionLimits {
+            max_lanes: 1,
+            max_tokens: ids.len() as u64,
+            max_in_flight: CHUNKS_IN_FLIGHT,
+            max_step_tokens: options.prefill_chunk.min(ids.len()).max(1) as u32,
+        };
+        let (mut session, _) = self.open_session(limits, options.wait).await?;
+        let mut logits = Vec::with_capacity(ids.len() * self.model().spec().vocab_size);
+        let mut take = |answer: &StepAnswer| {
+            logits.extend(self.logits(answer)?);
+            Ok(())
+        };
+        self.prefill(&mut session, ids, options.prefill_chunk, Want::All, &mut take).await?;
+        Ok(logits)
+    }
+
+    /// How long a sequence that starts with this prompt may get.
+    fn check_prompt(&self, ids: &[u32]) -> Result<usize, ClientError> {
+        let spec = self.model().spec();
+        if ids.is_empty() {
+            return Err(ClientError::Request("the prompt is empty: give at least one token".to_owned()));
+        }
+        if ids.len() > spec.max_context {
+            return Err(ClientError::Request(format!(
+                "the prompt has {} tokens, and the context of {} holds {}: shorten it by {}",
+                ids.len(),
+                self.model().name(),
+                spec.max_context,
+                ids.len() - spec.max_context
+            )));
+        }
+        if let Some((at, id)) = ids.iter().enumerate().find(|(_, id)| **id as usize >= spec.vocab_size) {
+            return Err(ClientError::Request(format!(
+                "token {at} of the prompt is {id}, and the vocabulary has {} ids, 0 to {}",
+                spec.vocab_size,
+                spec.vocab_size - 1
+            )));
+        }
+        Ok(spec.max_context)
+    }
+
+    /// Sends the prompt in chunks, as many at a time as the credit allows, so that the hops work side by side. `take` sees
+    /// every answer; with [`Want::Last`] only the last chunk's has rows. Returns the last answer.
+    async fn prefill(
+        &self,
+        session: &mut Session,
+        ids: &[u32],
+        chunk: usize,
+        want: Want,
+        take: &mut (dyn FnMut(&StepAnswer) -> Result<(), ClientError> + Send),
+    ) -> Result<StepAnswer, ClientError> {
+        let mut chunks = ids.chunks(chunk.max(1));
+        let mut position = 0;
+        let mut last = None;
+        loop {
+            while session.credit() > 0
+                && let Some(chunk) = chunks.next()
+            {
+                let ends = position + chunk.len() == ids.len();
+                let hidden = self.embed(session, chunk)?;
+                session.send(Step {
+                    lanes: vec![LaneRun { lane: 0, position, tokens: chunk.len() }],
+                    hidden,
+                    want: if want == Want::Last && !ends { Want::Nothing } else { want },
+                    rope_length: Some(ids.len()),
+                })?;
+                position += chunk.len();
+            }
+            if session.credit() == CHUNKS_IN_FLIGHT as usize {
+                // Nothing is under way and no chunk is left. The prompt is not empty, so there was an answer.
+                return last.ok_or_else(|| ClientError::Request("the prompt is empty".to_owned()));
+            }
+            let answer = session.receive().await?;
+            take(&answer)?;
+            last = Some(answer);
+        }
+    }
+
+    async fn decode(&self, session: &mut Session, id: u32, position: usize) -> Result<StepAnswer, ClientError> {
+        let hidden = self.embed(session, &[id])?;
+        session.send(Step {
+            lanes: vec![LaneRun { lane: 0, position, tokens: 1 }],
+            hidden,
+            want: Want::Last,
+            rope_length: Some(position + 1),
+        })?;
+        Ok(session.receive().await?)
+    }
+
+    fn embed(&self, session: &Session, ids: &[u32]) -> Result<crate::engine::HiddenStates, ClientError> {
+        Ok(self.model().edges().embed(ids, session.wire_dtype())?)
+    }
+
+    /// The head is arithmetic: the runtime is told, so that other tasks go on elsewhere.
+    fn logits(&self, answer: &StepAnswer) -> Result<Vec<f32>, ClientError> {
+        let Some(hidden) = &answer.hidden else { return Ok(Vec::new()) };
+        Ok(tokio::task::block_in_place(|| self.model().edges().logits(hidden))?)
+    }
+}
+
+/// Turns tokens into text as they come.
+struct Writer {
+    stream: Option<TextStream>,
+    stops: StopStrings,
+    text: String,
+    output_ids: Vec<u32>,
+}
+
+impl Writer {
+    /// Writes a token, and where it is the last one (`ends`) what was held back too, so that there is one event a token.
+    /// An end-of-sequence token is no text. Returns why the generation ends, if it does.
+    fn write(
+        &mut self,
+        id: u32,
+        ends: Option<FinishReason>,
+        on_event: &mut (dyn FnMut(GenerationEvent) + Send),
+    ) -> Result<Option<FinishReason>, ClientError> {
+        self.output_ids.push(id);
+        let mut piece = match &mut self.stream {
+            Some(stream) if ends != Some(FinishReason::Eos) => stream.push(id)?,
+            _ => String::new(),
+        };
+        if ends.is_some()
+            && let Some(stream) = self.stream.take()
+        {
+            piece += &stream.finish();
+        }
+        let released = self.stops.push(&piece);
+        let mut text = released.text;
+        if ends.is_some() && !released.stopped {
+            text += &self.stops.finish();
+        }
+        self.text += &text;
+        on_event(GenerationEvent::Token { token_id: id, text });
+        Ok(if released.stopped { Some(FinishReason::Stop) } else { ends })
+    }
+}
+
+/// A route as results name it.
+pub fn entries(route: &Route) -> Vec<RouteEntry> {
+    route
+        .hops
+        .iter()
+        .map(|hop| RouteEntry {
+            peer_id: hop.announcement.peer_id.to_string(),
+            span: [hop.blocks.start, hop.blocks.end],
+        })
+        .collect()
+}
+
+fn millis(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}

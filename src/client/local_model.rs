@@ -1,0 +1,107 @@
+//! The client's own part of a model: its edges, tokenizer and chat template. Its blocks are the swarm's.
+
+use std::path::Path;
+
+use super::ClientError;
+use crate::{
+    engine::{DeviceChoice, Edges, EdgesOptions},
+    model::{
+        Dtype, chat::ChatTemplate, checkpoint::Checkpoint, fingerprint::Fingerprint, generation::GenerationDefaults,
+        spec::ModelSpec, tokenizer::Tokenizer,
+    },
+};
+
+/// How the edges are loaded.
+#[derive(Debug, Clone, Copy)]
+pub struct EdgesChoice {
+    /// `None`: as the checkpoint stores them.
+    pub dtype: Option<Dtype>,
+    /// Where they compute.
+    pub device: DeviceChoice,
+}
+
+/// What a client holds of a model. See the module's docs.
+pub struct LocalModel {
+    name: String,
+    dht_prefix: String,
+    fingerprint: Fingerprint,
+    spec: ModelSpec,
+    edges: Edges,
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+    defaults: GenerationDefaults,
+}
+
+/// What a model is called, and which one exactly.
+#[derive(Debug, Clone)]
+pub struct ModelIdentity {
+    /// What the user called it.
+    pub name: String,
+    /// Its swarm's prefix.
+    pub dht_prefix: String,
+    /// Which one exactly.
+    pub fingerprint: Fingerprint,
+}
+
+impl LocalModel {
+    /// Loads the embedding, the final norm and the head of an open checkpoint, and what turns text into tokens and back.
+    ///
+    /// # Errors
+    /// Where a file is missing or broken; the message names it.
+    pub fn load(checkpoint: &Checkpoint, identity: ModelIdentity, choice: EdgesChoice) -> Result<Self, ClientError> {
+        let spec = checkpoint.spec().clone();
+        let options = EdgesOptions { dtype: choice.dtype.unwrap_or(spec.stored_dtype), device: choice.device };
+        let edges = Edges::load(checkpoint, options)?;
+        let dir: &Path = checkpoint.dir();
+        Ok(Self {
+            edges,
+            tokenizer: Tokenizer::open(dir)?,
+            template: ChatTemplate::open(dir)?,
+            defaults: GenerationDefaults::open(dir)?,
+            spec,
+            name: identity.name,
+            dht_prefix: identity.dht_prefix,
+            fingerprint: identity.fingerprint,
+        })
+    }
+
+    /// What the user called it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its swarm's prefix.
+    pub fn dht_prefix(&self) -> &str {
+        &self.dht_prefix
+    }
+
+    /// Which model exactly.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
+    }
+
+    /// Its shape.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// Embedding, final norm and head.
+    pub fn edges(&self) -> &Edges {
+        &self.edges
+    }
+
+    /// Text to tokens and back.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// Messages to a prompt, where the checkpoint says how.
+    pub fn template(&self) -> Option<&ChatTemplate> {
+        self.template.as_ref()
+    }
+
+    /// Whether a token ends the sequence.
+    pub fn is_eos(&self, id: u32) -> bool {
+        self.defaults.is_eos(id)
+    }
+}

@@ -1,0 +1,267 @@
+//! What a client knows of a swarm: who serves what, what is missing, and whom it can't use and why.
+
+use std::{fmt, ops::Range, time::Duration};
+
+use libp2p::PeerId;
+use serde::Serialize;
+
+use crate::{
+    model::fingerprint::Fingerprint,
+    swarm::announcement::{Announcement, State},
+};
+
+/// One peer of the swarm.
+#[derive(Debug, Clone)]
+pub struct PeerView {
+    /// What it says of itself.
+    pub announcement: Announcement,
+    /// The round trip to it, where it answered.
+    pub rtt: Option<Duration>,
+}
+
+/// A swarm as seen at one moment.
+#[derive(Debug, Clone)]
+pub struct SwarmView {
+    /// What the user called the model.
+    pub model: String,
+    /// The swarm's prefix.
+    pub dht_prefix: String,
+    /// Which model exactly.
+    pub fingerprint: Fingerprint,
+    /// How many blocks it has.
+    pub blocks: usize,
+    /// The peers that serve it, in the order of their spans.
+    pub peers: Vec<PeerView>,
+    /// Peers under the same prefix that serve another model or revision. Never used.
+    pub foreign: Vec<Announcement>,
+}
+
+impl SwarmView {
+    /// Sorts what was discovered under a prefix. Peers that left are not in it.
+    pub fn new(model: String, dht_prefix: String, fingerprint: Fingerprint, blocks: usize) -> Self {
+        Self { model, dht_prefix, fingerprint, blocks, peers: Vec::new(), foreign: Vec::new() }
+    }
+
+    /// Adds what was discovered.
+    pub fn add(&mut self, announcements: impl IntoIterator<Item = Announcement>) {
+        for announcement in announcements {
+            if announcement.state == State::Offline {
+                continue;
+            }
+            if Fingerprint(announcement.fingerprint) == self.fingerprint && announcement.span.end <= self.blocks {
+                self.peers.push(PeerView { announcement, rtt: None });
+            } else {
+                self.foreign.push(announcement);
+            }
+        }
+        self.peers
+            .sort_by_key(|peer| (peer.announcement.span.start, peer.announcement.span.end, peer.announcement.peer_id));
+    }
+
+    /// The peers that take sessions now.
+    pub fn online(&self) -> impl Iterator<Item = &PeerView> {
+        self.peers.iter().filter(|peer| peer.announcement.state == State::Online)
+    }
+
+    /// How many online peers serve each block.
+    pub fn coverage(&self) -> Vec<usize> {
+        let mut coverage = vec![0; self.blocks];
+        for peer in self.online() {
+            coverage[peer.announcement.span.clone()].iter_mut().for_each(|count| *count += 1);
+        }
+        coverage
+    }
+
+    /// The runs of blocks that nobody serves.
+    pub fn missing(&self) -> Vec<Range<usize>> {
+        uncovered(&self.coverage())
+    }
+
+    /// Why there is no route, as far as the view tells.
+    pub fn incomplete(&self) -> Incomplete {
+        Incomplete {
+            model: self.model.clone(),
+            blocks: self.blocks,
+            missing: self.missing(),
+            serving: self.online().map(|peer| (peer.announcement.peer_id, peer.announcement.span.clone())).collect(),
+            joining: self
+                .peers
+                .iter()
+                .filter(|peer| peer.announcement.state == State::Joining)
+                .map(|peer| peer.announcement.span.clone())
+                .collect(),
+            foreign: self.foreign.iter().map(|foreign| (foreign.peer_id, Fingerprint(foreign.fingerprint))).collect(),
+            fingerprint: self.fingerprint,
+        }
+    }
+}
+
+/// The runs of zeros in `coverage`.
+fn uncovered(coverage: &[usize]) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for (block, _) in coverage.iter().enumerate().filter(|(_, count)| **count == 0) {
+        match runs.last_mut() {
+            Some(run) if run.end == block => run.end += 1,
+            _ => runs.push(block..block + 1),
+        }
+    }
+    runs
+}
+
+/// The swarm does not cover the model.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub struct Incomplete {
+    model: String,
+    blocks: usize,
+    missing: Vec<Range<usize>>,
+    serving: Vec<(PeerId, Range<usize>)>,
+    joining: Vec<Range<usize>>,
+    foreign: Vec<(PeerId, Fingerprint)>,
+    fingerprint: Fingerprint,
+}
+
+impl Incomplete {
+    /// The runs of blocks that nobody serves.
+    pub fn missing(&self) -> &[Range<usize>] {
+        &self.missing
+    }
+}
+
+impl fmt::Display for Incomplete {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        /// More names than this don't help; the count does.
+        const NAMED: usize = 8;
+        let spans = |spans: &mut dyn Iterator<Item = String>| {
+            let all: Vec<String> = spans.collect();
+            let more = all.len().saturating_sub(NAMED);
+            let named = all.into_iter().take(NAMED).collect::<Vec<_>>().join(", ");
+            if more > 0 { format!("{named} and {more} more") } else { named }
+        };
+        let range = |range: &Range<usize>| format!("{}:{}", range.start, range.end);
+        write!(f, "no peer serves ")?;
+        if self.missing.len() == 1 && self.missing[0].len() == 1 {
+            write!(f, "block {}", self.missing[0].start)?;
+        } else {
+            write!(f, "blocks {}", spans(&mut self.missing.iter().map(range)))?;
+        }
+        write!(f, " of {} (0:{} are needed)", self.model, self.blocks)?;
+        match self.serving.len() {
+            0 => write!(f, "; no peer of this model is online")?,
+            count => {
+                let noun = if count == 1 { "peer serves" } else { "peers serve" };
+                write!(f, "; {count} {noun} {}", spans(&mut self.serving.iter().map(|(_, span)| range(span))))?;
+            }
+        }
+        if !self.joining.is_empty() {
+            write!(f, "; {} still loading {}", self.joining.len(), spans(&mut self.joining.iter().map(range)))?;
+        }
+        if let Some(gap) = self.missing.first() {
+            write!(
+                f,
+                "; start one with `helion node serve --model {} --blocks {}:{} --initial-peers …`",
+                self.model, gap.start, gap.end
+            )?;
+        }
+        if !self.foreign.is_empty() {
+            write!(
+                f,
+                "; ignored under the same prefix, because they serve another model or revision (fingerprint {}, and yours is {}): {}",
+                short(&self.foreign[0].1),
+                short(&self.fingerprint),
+                spans(&mut self.foreign.iter().map(|(peer, _)| peer.to_string()))
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// Enough of a fingerprint to tell two apart.
+fn short(fingerprint: &Fingerprint) -> String {
+    fingerprint.to_string().chars().take(12).collect()
+}
+
+/// `client status --json`.
+#[derive(Debug, Clone, Serialize)]
+pub struct Status {
+    /// What the user called the model.
+    pub model: String,
+    /// The swarm's prefix.
+    pub dht_prefix: String,
+    /// Which model exactly.
+    pub fingerprint: String,
+    /// How many blocks it has.
+    pub blocks: usize,
+    /// Whether every block has an online peer.
+    pub complete: bool,
+    /// Online peers of each block.
+    pub coverage: Vec<usize>,
+    /// Runs of blocks without one, half-open.
+    pub missing: Vec<[usize; 2]>,
+    /// Everybody who serves this model.
+    pub peers: Vec<PeerStatus>,
+}
+
+/// One peer in [`Status`].
+#[derive(Debug, Clone, Serialize)]
+pub struct PeerStatus {
+    /// Its libp2p id.
+    pub peer_id: String,
+    /// What its owner calls it.
+    pub public_name: Option<String>,
+    /// The blocks it serves, half-open.
+    pub span: [usize; 2],
+    /// `JOINING`, `ONLINE` or `DRAINING`.
+    pub state: String,
+    /// What it computes in.
+    pub dtype: String,
+    /// How its weights are quantized.
+    pub quant: String,
+    /// Tokens a second through its span, one lane, as it measured itself.
+    pub throughput: f64,
+    /// Round trip, milliseconds; absent where it did not answer.
+    pub rtt_ms: Option<f64>,
+    /// Whether it is reached through a relay.
+    pub relayed: bool,
+    /// Free tokens of its KV pool.
+    pub cache_tokens_left: u64,
+    /// Its version of helion.
+    pub version: String,
+    /// Where it listens.
+    pub addresses: Vec<String>,
+}
+
+impl From<&SwarmView> for Status {
+    fn from(view: &SwarmView) -> Self {
+        let missing: Vec<_> = view.missing().iter().map(|gap| [gap.start, gap.end]).collect();
+        Self {
+            model: view.model.clone(),
+            dht_prefix: view.dht_prefix.clone(),
+            fingerprint: view.fingerprint.to_string(),
+            blocks: view.blocks,
+            complete: missing.is_empty(),
+            coverage: view.coverage(),
+            missing,
+            peers: view.peers.iter().map(PeerStatus::from).collect(),
+        }
+    }
+}
+
+impl From<&PeerView> for PeerStatus {
+    fn from(peer: &PeerView) -> Self {
+        let said = &peer.announcement;
+        Self {
+            peer_id: said.peer_id.to_string(),
+            public_name: (!said.public_name.is_empty()).then(|| said.public_name.clone()),
+            span: [said.span.start, said.span.end],
+            state: said.state.to_string().to_uppercase(),
+            dtype: said.dtype.to_string(),
+            quant: said.quant.clone(),
+            throughput: said.compute_tokens_per_second,
+            rtt_ms: peer.rtt.map(|rtt| rtt.as_secs_f64() * 1e3),
+            relayed: said.relayed,
+            cache_tokens_left: said.cache_tokens_left,
+            version: said.version.clone(),
+            addresses: said.addresses.iter().map(ToString::to_string).collect(),
+        }
+    }
+}
