@@ -1,0 +1,183 @@
+//! The command line: one file a subcommand. Reads arguments, prints; computes nothing.
+//!
+//! Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage. Every flag can also be set by
+//! the environment (`HELION_` and its name in capitals) and, where there is a `--config`, by a file; see
+//! [`config`](crate::config).
+
+mod arguments;
+mod chat;
+mod demo;
+mod generate;
+mod identity;
+mod node;
+mod output;
+mod progress;
+mod score;
+mod status;
+
+use std::{ffi::OsString, process::ExitCode};
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+
+use crate::config;
+
+/// Run a language model together: many machines, each holding a part of it.
+#[derive(Debug, Parser)]
+#[command(name = "helion", version, propagate_version = true)]
+struct Cli {
+    /// How log lines on stderr look. RUST_LOG sets what is logged (for example `RUST_LOG=helion=debug`).
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Pretty)]
+    log_format: LogFormat,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum LogFormat {
+    /// For people.
+    Pretty,
+    /// One JSON object a line.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Try it: a small swarm on this machine, with a small chat model that is built in.
+    Demo(demo::DemoArgs),
+    /// Serve a swarm.
+    #[command(subcommand)]
+    Node(node::NodeCommand),
+    /// Use a swarm.
+    #[command(subcommand)]
+    Client(ClientCommand),
+    /// Make or look at the key that a node is known by.
+    #[command(subcommand)]
+    Identity(identity::IdentityCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum ClientCommand {
+    /// Continue a prompt.
+    Generate(generate::GenerateArgs),
+    /// Talk to a chat model.
+    Chat(chat::ChatArgs),
+    /// Write the logits of every position of a sequence to a file.
+    Score(score::ScoreArgs),
+    /// Who serves which blocks, and whether the swarm is complete.
+    Status(status::StatusArgs),
+}
+
+impl Command {
+    /// What is logged where RUST_LOG doesn't say: servers tell what they do, commands only what goes wrong.
+    fn default_log(&self) -> &'static str {
+        match self {
+            Self::Node(_) => "helion=info,warn",
+            _ => "warn",
+        }
+    }
+
+    async fn run(self) -> anyhow::Result<()> {
+        match self {
+            Self::Demo(args) => demo::run(args).await,
+            Self::Node(node::NodeCommand::Serve(args)) => node::serve(*args).await,
+            Self::Node(node::NodeCommand::Bootstrap(args)) => node::bootstrap(args).await,
+            Self::Client(ClientCommand::Generate(args)) => generate::run(args).await,
+            Self::Client(ClientCommand::Chat(args)) => chat::run(args).await,
+            Self::Client(ClientCommand::Score(args)) => score::run(args).await,
+            Self::Client(ClientCommand::Status(args)) => status::run(args).await,
+            Self::Identity(command) => identity::run(command),
+        }
+    }
+}
+
+/// The whole command, with an environment variable for every flag.
+fn command() -> clap::Command {
+    with_environment(Cli::command())
+}
+
+fn with_environment(command: clap::Command) -> clap::Command {
+    let names: Vec<String> = command.get_subcommands().map(|sub| sub.get_name().to_owned()).collect();
+    let command = command.mut_args(|arg| match arg.get_long() {
+        Some(long) if arg.get_env().is_none() && !matches!(long, "help" | "version") => {
+            let name = format!("HELION_{}", long.replace('-', "_").to_uppercase());
+            arg.env(name)
+        }
+        _ => arg,
+    });
+    names.into_iter().fold(command, |command, name| command.mut_subcommand(name, with_environment))
+}
+
+/// Runs the command line and says how the process should exit.
+pub fn main(args: Vec<OsString>) -> ExitCode {
+    let matches = match config::resolve(command(), args) {
+        Ok(matches) => matches,
+        Err(config::ConfigError::Usage(error)) => {
+            // Help and version are "errors" that exit with 0.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
+        }
+        Err(error) => {
+            eprintln!("error: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    let cli = match Cli::from_arg_matches(&matches) {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(2);
+        }
+    };
+    start_log(cli.log_format, cli.command.default_log());
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: the async runtime can't be started: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = runtime.block_on(cli.command.run());
+    // Nobody waits for tasks that hang in a look-up.
+    runtime.shutdown_background();
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => match error.downcast_ref::<arguments::Usage>() {
+            Some(usage) => {
+                eprintln!("error: {usage}");
+                ExitCode::from(2)
+            }
+            None => {
+                eprintln!("error: {error:#}");
+                ExitCode::FAILURE
+            }
+        },
+    }
+}
+
+fn start_log(format: LogFormat, default: &str) {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Pretty => log.with_target(false).init(),
+        LogFormat::Json => log.json().init(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_command_line_is_consistent_and_every_flag_has_help() {
+        fn check(command: &clap::Command) {
+            for argument in command.get_arguments() {
+                assert!(argument.get_help().is_some(), "{} {} has no help", command.get_name(), argument.get_id());
+            }
+            command.get_subcommands().for_each(check);
+        }
+        let mut command = super::command();
+        command.build();
+        command.clone().debug_assert();
+        check(&command);
+    }
+}

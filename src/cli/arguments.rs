@@ -1,0 +1,175 @@
+//! Arguments that several subcommands share, and how they become settings.
+
+use std::{ops::Range, path::PathBuf, str::FromStr, time::Duration};
+
+use clap::{Args, ValueEnum};
+use libp2p::Multiaddr;
+
+use crate::{
+    config,
+    engine::DeviceChoice,
+    model::{Dtype, hub::HubOptions},
+    swarm::{Role, SwarmConfig, identity::Identity},
+};
+
+/// The arguments are well formed and yet make no sense together: exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Usage(pub(super) String);
+
+/// Which model, and where its files are.
+#[derive(Debug, Clone, Args)]
+pub(super) struct ModelArgs {
+    /// The model: a hub id (org/name) or a directory with config.json, tokenizer.json and *.safetensors.
+    #[arg(long, value_name = "HUB_ID|DIR")]
+    pub(super) model: String,
+    #[command(flatten)]
+    pub(super) hub: HubArgs,
+}
+
+/// How the hub is used.
+#[derive(Debug, Clone, Default, Args)]
+pub(super) struct HubArgs {
+    /// A branch, tag or commit of the hub's repository [default: main].
+    #[arg(long)]
+    pub(super) revision: Option<String>,
+    /// An access token of the hub, for gated models [default: HF_TOKEN, or the stored login].
+    #[arg(long, hide_env_values = true)]
+    pub(super) token: Option<String>,
+    /// Where files of the hub are kept [default: HF_HUB_CACHE, or HF_HOME/hub].
+    #[arg(long, value_name = "DIR")]
+    pub(super) cache_dir: Option<PathBuf>,
+}
+
+impl HubArgs {
+    pub(super) fn options(&self) -> HubOptions {
+        HubOptions {
+            revision: self.revision.clone(),
+            token: self.token.clone(),
+            cache_dir: self.cache_dir.clone(),
+            progress: Some(super::progress::of_files()),
+            hash_cache: Some(config::home().join("hashes")),
+            ..HubOptions::default()
+        }
+    }
+}
+
+/// How a client finds the swarm of a model.
+#[derive(Debug, Clone, Args)]
+pub(super) struct SwarmArgs {
+    #[command(flatten)]
+    pub(super) model: ModelArgs,
+    #[command(flatten)]
+    pub(super) peers: PeerArgs,
+    /// The name that the model's peers meet under [default: from the model's name].
+    #[arg(long, value_name = "PREFIX")]
+    pub(super) dht_prefix: Option<String>,
+    /// How long to look for the first peer, seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 20)]
+    pub(super) join_timeout: u64,
+    /// What the client's part (embedding and head) is kept in: auto is as stored.
+    #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
+    pub(super) dtype: DtypeArg,
+}
+
+/// Where the first peers come from.
+#[derive(Debug, Clone, Args)]
+pub(super) struct PeerArgs {
+    /// Peers to start from: multiaddrs that end in /p2p/<peer id>, separated by commas.
+    #[arg(long, env = "INITIAL_PEERS", value_name = "MADDR,…", value_delimiter = ',')]
+    pub(super) initial_peers: Vec<Multiaddr>,
+    /// Don't look for peers on the local network.
+    #[arg(long)]
+    pub(super) no_mdns: bool,
+}
+
+/// Number formats, and `auto`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum DtypeArg {
+    /// As the checkpoint is stored.
+    Auto,
+    /// Single precision.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// Half precision.
+    F16,
+}
+
+impl DtypeArg {
+    pub(super) fn dtype(self) -> Option<Dtype> {
+        match self {
+            Self::Auto => None,
+            Self::F32 => Some(Dtype::F32),
+            Self::Bf16 => Some(Dtype::Bf16),
+            Self::F16 => Some(Dtype::F16),
+        }
+    }
+}
+
+/// `auto`, `cpu` or `cuda:N`.
+pub(super) fn device(text: &str) -> Result<DeviceChoice, String> {
+    match text {
+        "auto" => Ok(DeviceChoice::Auto),
+        "cpu" => Ok(DeviceChoice::Cpu),
+        "cuda" => Ok(DeviceChoice::Cuda(0)),
+        _ => text
+            .strip_prefix("cuda:")
+            .and_then(|number| number.parse().ok())
+            .map(DeviceChoice::Cuda)
+            .ok_or_else(|| "the choices are auto, cpu and cuda:N".to_owned()),
+    }
+}
+
+/// A half-open range of blocks, `START:END`.
+pub(super) fn block_range(text: &str) -> Result<Range<usize>, String> {
+    let wrong = || "a range is START:END, half-open: 0:4 is blocks 0, 1, 2 and 3".to_owned();
+    let (start, end) = text.split_once(':').ok_or_else(wrong)?;
+    let start = usize::from_str(start).map_err(|_| wrong())?;
+    let end = usize::from_str(end).map_err(|_| wrong())?;
+    if start >= end {
+        return Err(format!("{start}:{end} holds no block; {}", wrong()));
+    }
+    Ok(start..end)
+}
+
+/// The configuration of a client's network: an identity for this one run, no listening.
+pub(super) fn client_network(peers: &PeerArgs) -> anyhow::Result<SwarmConfig> {
+    Ok(SwarmConfig {
+        initial_peers: peers.initial_peers.clone(),
+        remember: Some(remembered_path()),
+        mdns: !peers.no_mdns && peers.initial_peers.is_empty(),
+        ..SwarmConfig::new(Identity::ephemeral(), Role::Client)
+    })
+}
+
+/// Where nodes remember the peers that they knew.
+pub(super) fn remembered_path() -> PathBuf {
+    config::home().join("peers")
+}
+
+impl SwarmArgs {
+    pub(super) fn join_timeout(&self) -> Duration {
+        Duration::from_secs(self.join_timeout)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn block_ranges() {
+        assert_eq!(block_range("0:4"), Ok(0..4));
+        for wrong in ["4", "4:4", "5:2", ":3", "a:b", "-1:3", "0:4:8"] {
+            assert!(block_range(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn devices() {
+        assert_eq!(device("cuda:1"), Ok(DeviceChoice::Cuda(1)));
+        assert!(device("gpu").is_err());
+        assert!(device("cuda:x").is_err());
+    }
+}

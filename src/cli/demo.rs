@@ -1,0 +1,135 @@
+//! `helion demo`: a whole swarm on this machine, for a look.
+
+mod processes;
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::Context;
+use clap::Args;
+
+use self::processes::Processes;
+use super::{
+    arguments::{DtypeArg, HubArgs, ModelArgs, PeerArgs, SwarmArgs},
+    chat::converse,
+    generate::{chat_ids, connect_with, load_model},
+    output::{Shown, summary},
+};
+use crate::{
+    client::{Client, generation::GenerationOptions, session::Patience},
+    model::chat::Message,
+};
+
+#[derive(Debug, Args)]
+pub(super) struct DemoArgs {
+    /// A question. Without one a chat is opened.
+    prompt: Option<String>,
+    /// Nodes to start; each gets a part of the blocks.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=64))]
+    nodes: usize,
+    /// Another chat model: a hub id or a directory [default: the one that is built in].
+    #[arg(long, value_name = "HUB_ID|DIR")]
+    model: Option<String>,
+    #[command(flatten)]
+    hub: HubArgs,
+    /// Tokens to generate at most.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    max_tokens: usize,
+    /// Print one JSON object, like `client generate --json`; needs a prompt.
+    #[arg(long, requires = "prompt")]
+    json: bool,
+}
+
+pub(super) async fn run(args: DemoArgs) -> anyhow::Result<()> {
+    tokio::select! {
+        // First in line: processes are stopped by being dropped, before this one exits.
+        biased;
+        _ = tokio::signal::ctrl_c(), if args.prompt.is_some() => anyhow::bail!("interrupted"),
+        result = show(&args) => result,
+    }
+}
+
+async fn show(args: &DemoArgs) -> anyhow::Result<()> {
+    let scratch = tempfile::tempdir().context("no directory for the demo's files")?;
+    let (model, dtype) = match &args.model {
+        Some(model) => (model.clone(), DtypeArg::Auto),
+        None => (unpack(scratch.path())?.display().to_string(), DtypeArg::F32),
+    };
+    let mut swarm = SwarmArgs {
+        model: ModelArgs { model, hub: args.hub.clone() },
+        peers: PeerArgs { initial_peers: Vec::new(), no_mdns: true },
+        dht_prefix: None,
+        join_timeout: 20,
+        dtype,
+    };
+    let local = load_model(&swarm).await?;
+    let blocks = local.spec().num_blocks();
+    anyhow::ensure!(
+        args.nodes <= blocks,
+        "{} nodes are more than {} has blocks: {blocks} at most",
+        args.nodes,
+        local.name()
+    );
+
+    eprintln!("starting a bootstrap node and {} nodes …", args.nodes);
+    let mut processes = Processes::new(scratch.path().to_owned())?;
+    let bootstrap = processes.start_bootstrap().await?;
+    swarm.peers.initial_peers = vec![bootstrap];
+    processes.start_nodes(&swarm, blocks, args.nodes).await?;
+
+    let client = connect_with(&swarm, local, Patience::default()).await?;
+    let options = GenerationOptions {
+        max_tokens: args.max_tokens,
+        wait: Duration::from_secs(30),
+        ..GenerationOptions::default()
+    };
+    match &args.prompt {
+        Some(prompt) => ask(&client, &options, prompt, args.json).await?,
+        None => converse(&client, &options, None).await?,
+    }
+    client.stop().await;
+    processes.stop().await;
+    Ok(())
+}
+
+async fn ask(client: &Client, options: &GenerationOptions, prompt: &str, json: bool) -> anyhow::Result<()> {
+    let ids = chat_ids(client.model(), &[Message::new("user", prompt)])?;
+    let shown = if json { Shown::Json } else { Shown::Text };
+    let generation = client.generate(&ids, options, &mut |event| shown.event(&event)).await?;
+    shown.result(&generation)?;
+    if !json {
+        println!("\n{}", summary(&generation));
+    }
+    Ok(())
+}
+
+/// Writes the model that is built in to a folder that names it.
+#[cfg(feature = "demo-model")]
+fn unpack(scratch: &Path) -> anyhow::Result<PathBuf> {
+    const FILES: [(&str, &[u8]); 6] = [
+        ("config.json", include_bytes!("demo/helion-tiny/config.json")),
+        ("generation_config.json", include_bytes!("demo/helion-tiny/generation_config.json")),
+        ("chat_template.jinja", include_bytes!("demo/helion-tiny/chat_template.jinja")),
+        ("tokenizer.json", include_bytes!("demo/helion-tiny/tokenizer.json")),
+        ("tokenizer_config.json", include_bytes!("demo/helion-tiny/tokenizer_config.json")),
+        ("model.safetensors", include_bytes!("demo/helion-tiny/model.safetensors")),
+    ];
+    let directory = scratch.join("helion-tiny");
+    std::fs::create_dir(&directory).with_context(|| format!("{} can't be made", directory.display()))?;
+    for (name, content) in FILES {
+        let path = directory.join(name);
+        std::fs::write(&path, content).with_context(|| format!("{} can't be written", path.display()))?;
+    }
+    Ok(directory)
+}
+
+#[cfg(not(feature = "demo-model"))]
+fn unpack(_scratch: &Path) -> anyhow::Result<PathBuf> {
+    Err(super::arguments::Usage(
+        "this helion was built without its demo model: give one with --model, or build with the feature demo-model"
+            .to_owned(),
+    )
+    .into())
+}

@@ -1,0 +1,211 @@
+//! `helion client generate`: continue a prompt.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::Context;
+use clap::Args;
+
+use super::{
+    arguments::{SwarmArgs, Usage, client_network},
+    output::{Shown, summary},
+};
+use crate::{
+    client::{
+        Client,
+        generation::GenerationOptions,
+        local_model::{EdgesChoice, LocalModel, ModelIdentity},
+        sampling::SamplingOptions,
+        session::Patience,
+    },
+    engine::DeviceChoice,
+    model::{chat::Message, source::ModelSource},
+};
+
+#[derive(Debug, Args)]
+pub(super) struct GenerateArgs {
+    #[command(flatten)]
+    swarm: SwarmArgs,
+    #[command(flatten)]
+    prompt: PromptArgs,
+    #[command(flatten)]
+    pub(super) generation: GenerationArgs,
+    /// Print one JSON object with the text, the ids, the timing and the route.
+    #[arg(long, conflicts_with = "json_stream")]
+    json: bool,
+    /// Print one JSON object a line: the route, every token as it comes, then what --json prints.
+    #[arg(long)]
+    json_stream: bool,
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false, id = "prompt_source")]
+struct PromptSource {
+    /// The text to continue.
+    #[arg(long, value_name = "TEXT")]
+    prompt: Option<String>,
+    /// A file with the text to continue.
+    #[arg(long, value_name = "FILE")]
+    prompt_file: Option<PathBuf>,
+    /// The token ids to continue, separated by commas.
+    #[arg(long, value_name = "ID,…", value_delimiter = ',')]
+    input_ids: Option<Vec<u32>>,
+}
+
+#[derive(Debug, Args)]
+struct PromptArgs {
+    #[command(flatten)]
+    source: PromptSource,
+    /// Take the prompt as a user's message and write it as the model's chat template does.
+    #[arg(long, conflicts_with = "input_ids")]
+    chat: bool,
+}
+
+/// How to generate: shared with the chat.
+#[derive(Debug, Clone, Args)]
+pub(super) struct GenerationArgs {
+    /// Tokens to generate at most.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    max_tokens: usize,
+    /// Randomness; 0 always takes the likeliest token.
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    temperature: f32,
+    /// Choose among the likeliest tokens that together have this probability.
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    top_p: f32,
+    /// Choose among this many of the likeliest tokens; 0 is all.
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    top_k: usize,
+    /// Choose among tokens at least this likely, relative to the likeliest one.
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    min_p: f32,
+    /// Divide the logits of tokens that appeared, prompt included, by this; 1 is off.
+    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    repetition_penalty: f32,
+    /// Subtract this from a token's logit for every time it was generated.
+    #[arg(long, value_name = "F", default_value_t = 0.0, allow_negative_numbers = true)]
+    frequency_penalty: f32,
+    /// Subtract this from the logit of every token that was generated.
+    #[arg(long, value_name = "F", default_value_t = 0.0, allow_negative_numbers = true)]
+    presence_penalty: f32,
+    /// Makes random choices repeatable [default: a new one every time].
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// End before this text appears. May be given several times.
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// Go on after the end-of-sequence token.
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Tokens of the prompt in one step: hop 2 works on one chunk while hop 1 works on the next.
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=4096))]
+    prefill_chunk: usize,
+    /// How long to wait for a swarm that does not have all blocks yet, seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    wait: u64,
+    /// How long a step may take while all hops are alive, seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    step_timeout: u64,
+}
+
+impl GenerationArgs {
+    pub(super) fn options(&self) -> GenerationOptions {
+        GenerationOptions {
+            max_tokens: self.max_tokens,
+            sampling: SamplingOptions {
+                temperature: self.temperature,
+                top_p: self.top_p,
+                top_k: self.top_k,
+                min_p: self.min_p,
+                repetition_penalty: self.repetition_penalty,
+                frequency_penalty: self.frequency_penalty,
+                presence_penalty: self.presence_penalty,
+                seed: self.seed,
+            },
+            stop: self.stop.clone(),
+            ignore_eos: self.ignore_eos,
+            prefill_chunk: self.prefill_chunk,
+            wait: Duration::from_secs(self.wait),
+        }
+    }
+
+    pub(super) fn patience(&self) -> Patience {
+        Patience { step: Duration::from_secs(self.step_timeout), ..Patience::default() }
+    }
+}
+
+/// Opens the model's own part and joins its swarm.
+pub(super) async fn connect(args: &SwarmArgs, patience: Patience) -> anyhow::Result<Client> {
+    let model = load_model(args).await?;
+    connect_with(args, model, patience).await
+}
+
+/// Opens the model's own part.
+pub(super) async fn load_model(args: &SwarmArgs) -> anyhow::Result<Arc<LocalModel>> {
+    let source = ModelSource::open(&args.model.model, args.model.hub.options()).await?;
+    let identity = ModelIdentity {
+        name: source.name().to_owned(),
+        dht_prefix: super::node::prefix(args.dht_prefix.as_deref(), &source)?,
+        fingerprint: source.fingerprint().await?,
+    };
+    let checkpoint = source.fetch_edges().await?;
+    let choice = EdgesChoice { dtype: args.dtype.dtype(), device: DeviceChoice::Auto };
+    Ok(Arc::new(LocalModel::load(&checkpoint, identity, choice)?))
+}
+
+/// Joins the swarm of a model.
+pub(super) async fn connect_with(
+    args: &SwarmArgs,
+    model: Arc<LocalModel>,
+    patience: Patience,
+) -> anyhow::Result<Client> {
+    Ok(Client::connect(model, client_network(&args.peers)?, patience, args.join_timeout()).await?)
+}
+
+impl PromptArgs {
+    fn ids(&self, model: &LocalModel) -> anyhow::Result<Vec<u32>> {
+        let text = match (&self.source.input_ids, &self.source.prompt, &self.source.prompt_file) {
+            (Some(ids), ..) => return Ok(ids.clone()),
+            (None, Some(text), _) => text.clone(),
+            (None, None, Some(path)) => std::fs::read_to_string(path)
+                .with_context(|| format!("the prompt can't be read from {}", path.display()))?,
+            (None, None, None) => return Err(Usage("a prompt is needed".to_owned()).into()),
+        };
+        if self.chat {
+            return chat_ids(model, &[Message::new("user", text)]);
+        }
+        Ok(model.tokenizer().encode(&text, true)?)
+    }
+}
+
+/// A conversation as the model's chat template writes it, ready for the model's answer.
+pub(super) fn chat_ids(model: &LocalModel, messages: &[Message]) -> anyhow::Result<Vec<u32>> {
+    let template =
+        model.template().with_context(|| format!("{} has no chat template: it is no chat model", model.name()))?;
+    let text = template.render(messages, true)?;
+    // The template writes the special tokens itself.
+    Ok(model.tokenizer().encode(&text, false)?)
+}
+
+pub(super) async fn run(args: GenerateArgs) -> anyhow::Result<()> {
+    let options = args.generation.options();
+    options.sampling.validate()?;
+    let model = load_model(&args.swarm).await?;
+    let ids = args.prompt.ids(&model)?;
+    let client = connect_with(&args.swarm, model, args.generation.patience()).await?;
+    let shown = match (args.json, args.json_stream) {
+        (true, _) => Shown::Json,
+        (_, true) => Shown::JsonStream,
+        _ => Shown::Text,
+    };
+    let mut show = |event| shown.event(&event);
+    let generation = tokio::select! {
+        generation = client.generate(&ids, &options, &mut show) => generation?,
+        _ = tokio::signal::ctrl_c() => anyhow::bail!("interrupted"),
+    };
+    shown.result(&generation)?;
+    if shown == Shown::Text {
+        eprintln!("{}", summary(&generation));
+    }
+    client.stop().await;
+    Ok(())
+}

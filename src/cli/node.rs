@@ -1,0 +1,246 @@
+//! `helion node`: serve a swarm.
+
+use std::{net::Ipv4Addr, ops::Range, path::PathBuf, sync::Arc, time::Duration};
+
+use clap::{Args, Subcommand};
+use libp2p::Multiaddr;
+
+use super::{
+    arguments::{DtypeArg, ModelArgs, PeerArgs, Usage, block_range, device, remembered_path},
+    progress::Progress,
+};
+use crate::{
+    config,
+    engine::DeviceChoice,
+    model::source::ModelSource,
+    node::{
+        Beginning, BlockChoice, Node, NodeEvent, NodeOptions, bootstrap::BootstrapService, join,
+        sessions::SessionSettings,
+    },
+    swarm::{Role, Swarm, SwarmConfig, identity::Identity},
+};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum NodeCommand {
+    /// Host a part of a model's blocks and compute them for others.
+    Serve(Box<ServeArgs>),
+    /// Only help others to find each other: the DHT alone, without blocks.
+    Bootstrap(BootstrapArgs),
+}
+
+/// Who the node is and where it listens.
+#[derive(Debug, Args)]
+struct ListenArgs {
+    /// The port to listen on, TCP and UDP (QUIC); 0 takes free ones.
+    #[arg(long, default_value_t = 31337)]
+    port: u16,
+    /// What to listen on instead: multiaddrs, separated by commas [default: all interfaces, TCP and QUIC, at --port].
+    #[arg(long, value_name = "MADDR,…", value_delimiter = ',')]
+    host_maddrs: Vec<Multiaddr>,
+    /// The addresses to tell others instead of those listened on, for a node behind a port forwarding or a proxy.
+    #[arg(long, value_name = "MADDR,…", value_delimiter = ',')]
+    announce_maddrs: Vec<Multiaddr>,
+    /// The node's key file; made if it is not there [default: identity.key in the state directory, HELION_HOME].
+    #[arg(long, value_name = "FILE")]
+    identity_path: Option<PathBuf>,
+    #[command(flatten)]
+    peers: PeerArgs,
+    /// Be the first node of a new swarm: look for nobody.
+    #[arg(long, conflicts_with = "initial_peers")]
+    new_swarm: bool,
+    /// How long to look for the first peer, seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 20)]
+    join_timeout: u64,
+    /// Stop when standard input ends: for programs that start a node and must not leave it behind.
+    #[arg(long, hide = true)]
+    stop_with_stdin: bool,
+    /// Settings from a YAML or TOML file: the long names of these flags. The environment and flags win over it.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ServeArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// The blocks to host, half-open: 0:4 is blocks 0, 1, 2 and 3 [default: those that the swarm needs most].
+    #[arg(long, value_name = "START:END", value_parser = block_range, conflicts_with = "num_blocks")]
+    blocks: Option<Range<usize>>,
+    /// How many blocks to host, where the swarm needs them most [default: as many as memory holds].
+    #[arg(long, value_name = "N", value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
+    num_blocks: Option<usize>,
+    #[command(flatten)]
+    listen: ListenArgs,
+    /// The name that the model's peers meet under [default: from the model's name].
+    #[arg(long, value_name = "PREFIX")]
+    dht_prefix: Option<String>,
+    /// Where to compute: auto, cpu or cuda:N.
+    #[arg(long, default_value = "auto", value_parser = device)]
+    device: DeviceChoice,
+    /// What to compute in, and keep weights and KV cache in: auto is as the checkpoint is stored.
+    #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
+    dtype: DtypeArg,
+    /// Tokens in the KV cache, over all sessions.
+    #[arg(long, value_name = "N", default_value_t = 16384)]
+    attn_cache_tokens: usize,
+    /// Sessions at a time.
+    #[arg(long, value_name = "N", default_value_t = SessionSettings::default().max_sessions)]
+    max_sessions: usize,
+    /// How long a step may wait for its turn and for cache, seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = SessionSettings::default().step_deadline.as_secs())]
+    step_deadline: u64,
+    /// A name that others see in `helion client status`.
+    #[arg(long, value_name = "NAME", default_value = "")]
+    public_name: String,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct BootstrapArgs {
+    #[command(flatten)]
+    listen: ListenArgs,
+}
+
+impl ListenArgs {
+    fn beginning(&self) -> Beginning {
+        match (self.new_swarm, self.peers.initial_peers.is_empty()) {
+            (true, _) => Beginning::NewSwarm,
+            (false, false) => Beginning::InitialPeers,
+            (false, true) => Beginning::Search,
+        }
+    }
+
+    fn network(&self) -> anyhow::Result<SwarmConfig> {
+        let default_path = || config::home().join("identity.key");
+        let identity = Identity::load_or_create(&self.identity_path.clone().unwrap_or_else(default_path))?;
+        let listen = if self.host_maddrs.is_empty() { everywhere(self.port) } else { self.host_maddrs.clone() };
+        Ok(SwarmConfig {
+            listen,
+            announce: self.announce_maddrs.clone(),
+            initial_peers: self.peers.initial_peers.clone(),
+            remember: Some(remembered_path()),
+            mdns: !self.peers.no_mdns,
+            ..SwarmConfig::new(identity, Role::Server)
+        })
+    }
+
+    /// Waits for SIGTERM, Ctrl-C, or the end of standard input where that counts.
+    async fn stop_requested(&self) -> anyhow::Result<()> {
+        #[cfg(unix)]
+        let terminate = async {
+            tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?.recv().await;
+            std::io::Result::Ok(())
+        };
+        #[cfg(not(unix))]
+        let terminate = std::future::pending::<std::io::Result<()>>();
+        let stdin_ends = async {
+            if !self.stop_with_stdin {
+                std::future::pending::<()>().await;
+            }
+            let mut stdin = tokio::io::stdin();
+            // Whatever comes, only the end counts.
+            let _ = tokio::io::copy(&mut stdin, &mut tokio::io::sink()).await;
+        };
+        tokio::select! {
+            result = terminate => result?,
+            result = tokio::signal::ctrl_c() => result?,
+            () = stdin_ends => {}
+        }
+        Ok(())
+    }
+}
+
+/// All interfaces, TCP and QUIC.
+fn everywhere(port: u16) -> Vec<Multiaddr> {
+    use libp2p::multiaddr::Protocol;
+    let any4 = Multiaddr::from(Ipv4Addr::UNSPECIFIED);
+    let any6 = Multiaddr::from(std::net::Ipv6Addr::UNSPECIFIED);
+    [any4, any6]
+        .into_iter()
+        .flat_map(|any| [any.clone().with(Protocol::Tcp(port)), any.with(Protocol::Udp(port)).with(Protocol::QuicV1)])
+        .collect()
+}
+
+/// Prints the addresses that others start from: one a line, on stdout.
+fn print_addresses(swarm: &Swarm) {
+    println!("others join with one of:");
+    for address in swarm.addresses() {
+        println!("  --initial-peers {address}/p2p/{}", swarm.peer_id());
+    }
+}
+
+pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
+    let source = ModelSource::open(&args.model.model, args.model.hub.options()).await?;
+    let fingerprint = source.fingerprint().await?;
+    let network = args.listen.network()?;
+    let options = NodeOptions {
+        model: source.name().to_owned(),
+        revision: source.revision().unwrap_or_default().to_owned(),
+        fingerprint,
+        dht_prefix: prefix(args.dht_prefix.as_deref(), &source)?,
+        public_name: args.public_name.clone(),
+        blocks: match (&args.blocks, args.num_blocks) {
+            (Some(blocks), _) => BlockChoice::Exactly(blocks.clone()),
+            (None, Some(count)) => BlockChoice::Count(count),
+            (None, None) => BlockChoice::Auto,
+        },
+        device: args.device,
+        dtype: args.dtype.dtype(),
+        cache_tokens: args.attn_cache_tokens,
+        sessions: SessionSettings {
+            max_sessions: args.max_sessions,
+            step_deadline: Duration::from_secs(args.step_deadline),
+            ..SessionSettings::default()
+        },
+        beginning: args.listen.beginning(),
+        join_timeout: Duration::from_secs(args.listen.join_timeout),
+    };
+    let model = options.model.clone();
+    let progress = Progress::new("loading blocks");
+    let on_event = Arc::new(move |event: NodeEvent| match event {
+        NodeEvent::Joined { peers } => tracing::info!(peers, "joined the swarm"),
+        NodeEvent::NewSwarm => tracing::info!("no peer was found: this node starts a new swarm"),
+        NodeEvent::Chose { span, of } => tracing::info!("hosting blocks {}:{} of {of}", span.start, span.end),
+        NodeEvent::Loading { done, of } => progress.update(done as u64, of as u64),
+        NodeEvent::Online { loaded_bytes, tokens_per_second } => tracing::info!(
+            "online: {:.1} MiB of weights, {tokens_per_second:.0} tokens a second",
+            loaded_bytes as f64 / f64::from(1 << 20)
+        ),
+    });
+    let stop = args.listen.stop_requested();
+    let node = tokio::select! {
+        node = Node::start(source, options, network, on_event) => node?,
+        stopped = args.listen.stop_requested() => return stopped,
+    };
+    let span = node.span();
+    println!("serving blocks {}:{} of {model} as {}", span.start, span.end, node.swarm().peer_id());
+    print_addresses(node.swarm());
+    stop.await?;
+    tracing::info!(sessions = node.sessions().count(), "leaving");
+    node.leave().await;
+    Ok(())
+}
+
+pub(super) async fn bootstrap(args: BootstrapArgs) -> anyhow::Result<()> {
+    let swarm = Swarm::start(args.listen.network()?, Arc::new(BootstrapService)).await?;
+    let timeout = Duration::from_secs(args.listen.join_timeout);
+    match join(&swarm, args.listen.beginning(), timeout).await? {
+        0 => tracing::info!("no peer was found: this node starts a new DHT"),
+        peers => tracing::info!(peers, "joined the DHT"),
+    }
+    println!("bootstrap node {}", swarm.peer_id());
+    print_addresses(&swarm);
+    args.listen.stop_requested().await?;
+    swarm.stop().await;
+    Ok(())
+}
+
+/// The swarm's prefix: as given, or from the model's name.
+pub(super) fn prefix(given: Option<&str>, source: &ModelSource) -> Result<String, Usage> {
+    match given {
+        Some("") => {
+            Err(Usage("--dht-prefix is empty: leave it out for the default, which follows the model".to_owned()))
+        }
+        Some(prefix) => Ok(prefix.to_owned()),
+        None => Ok(source.default_dht_prefix().to_owned()),
+    }
+}

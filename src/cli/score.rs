@@ -1,0 +1,46 @@
+//! `helion client score`: the logits of every position of a sequence.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Args;
+use safetensors::tensor::TensorView;
+
+use super::{arguments::SwarmArgs, generate::connect};
+
+#[derive(Debug, Args)]
+pub(super) struct ScoreArgs {
+    #[command(flatten)]
+    swarm: SwarmArgs,
+    /// The token ids, separated by commas.
+    #[arg(long, value_name = "ID,…", value_delimiter = ',', required = true)]
+    input_ids: Vec<u32>,
+    /// Where to write the logits: a safetensors file with the tensor `logits`, [ids, vocabulary] in f32.
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    /// Tokens in one step.
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=4096))]
+    prefill_chunk: usize,
+    /// How long to wait for a swarm that does not have all blocks yet, seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    wait: u64,
+}
+
+pub(super) async fn run(args: ScoreArgs) -> anyhow::Result<()> {
+    use crate::client::{generation::GenerationOptions, session::Patience};
+    let client = connect(&args.swarm, Patience::default()).await?;
+    let options = GenerationOptions {
+        prefill_chunk: args.prefill_chunk,
+        wait: std::time::Duration::from_secs(args.wait),
+        ..GenerationOptions::default()
+    };
+    let logits = client.score(&args.input_ids, &options).await?;
+    let vocabulary = client.model().spec().vocab_size;
+    let bytes: Vec<u8> = logits.iter().flat_map(|logit| logit.to_le_bytes()).collect();
+    let view = TensorView::new(safetensors::Dtype::F32, vec![args.input_ids.len(), vocabulary], &bytes)?;
+    safetensors::serialize_to_file([("logits", view)], None, &args.out)
+        .with_context(|| format!("the logits can't be written to {}", args.out.display()))?;
+    eprintln!("wrote logits [{}, {vocabulary}] to {}", args.input_ids.len(), args.out.display());
+    client.stop().await;
+    Ok(())
+}
