@@ -1,6 +1,7 @@
 //! The integration tests: one binary, one module a subject, so that they link once.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod e2e;
 mod golden;
 mod house;
 mod hub;

@@ -145,7 +145,7 @@ fn chats_render_to_the_reference_text() {
 fn questions_to_the_demo_model_have_the_reference_ids() {
     let (tokenizer, golden) = (Tokenizer::open(&demo()).unwrap(), golden(&demo()));
     let template = ChatTemplate::open(&demo()).unwrap().unwrap();
-    let defaults = GenerationDefaults::open(&demo(), &[]).unwrap();
+    let defaults = GenerationDefaults::open(&demo()).unwrap();
     for case in golden["cases"].as_array().unwrap() {
         let text = template.render(&[Message::new("user", case["user"].as_str().unwrap())], true).unwrap();
         assert_eq!(tokenizer.encode(&text, false).unwrap(), ids(&case["prompt_ids"]), "{text}");

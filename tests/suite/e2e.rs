@@ -1,0 +1,8 @@
+//! End-to-end tests: real processes of the `helion` binary on loopback, used as a person would.
+
+mod bad_input;
+mod generate;
+mod harness;
+mod lost;
+mod strangers;
+mod tools;

@@ -1,0 +1,264 @@
+//! Who may speak to a session, and what a client receives: the library's client against real node processes.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use helion::{
+    client::{
+        Client,
+        generation::GenerationOptions,
+        local_model::{EdgesChoice, LocalModel, ModelIdentity},
+        session::{Patience, Session, SessionError, Step, Want},
+    },
+    engine::{DeviceChoice, HiddenStates, LaneRun},
+    model::{Dtype, hub::HubOptions, source::ModelSource},
+    swarm::{
+        Frame, Link, Role, Service, Swarm, SwarmConfig,
+        announcement::Announcement,
+        identity::Identity,
+        proto::{announcement, rpc, session as proto},
+        ticket::{SessionId, SessionLimits, Ticket},
+    },
+};
+use tokio::sync::mpsc;
+
+use super::harness::{Place, Server, fixture, reference};
+
+fn network(peer: &Server) -> SwarmConfig {
+    SwarmConfig {
+        initial_peers: vec![peer.address.parse().unwrap()],
+        mdns: false,
+        ..SwarmConfig::new(Identity::ephemeral(), Role::Client)
+    }
+}
+
+async fn client(model: &Path, peer: &Server) -> Client {
+    let source = ModelSource::open(&model.display().to_string(), HubOptions::default()).await.unwrap();
+    let identity = ModelIdentity {
+        name: source.name().to_owned(),
+        dht_prefix: source.default_dht_prefix().to_owned(),
+        fingerprint: source.fingerprint().await.unwrap(),
+    };
+    let checkpoint = source.fetch_edges().await.unwrap();
+    let choice = EdgesChoice { dtype: Some(Dtype::F32), device: DeviceChoice::Cpu };
+    let model = Arc::new(LocalModel::load(&checkpoint, identity, choice).unwrap());
+    Client::connect(model, network(peer), Patience::default(), Duration::from_secs(10)).await.unwrap()
+}
+
+fn limits(prompt: usize) -> SessionLimits {
+    SessionLimits { max_lanes: 1, max_tokens: 64, max_in_flight: 4, max_step_tokens: prompt as u32 }
+}
+
+fn step(hidden: HiddenStates, position: usize) -> Step {
+    Step {
+        lanes: vec![LaneRun { lane: 0, position, tokens: hidden.rows }],
+        hidden,
+        want: Want::Last,
+        rope_length: None,
+    }
+}
+
+fn likeliest(logits: &[f32]) -> u32 {
+    (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap() as u32
+}
+
+/// Runs the prompt, then calls `between` before every one of the following tokens, which must be the reference's.
+async fn generate_with(client: &Client, session: &mut Session, model: &Path, mut between: impl AsyncFnMut(usize)) {
+    let reference = reference(model);
+    let edges = client.model().edges();
+    let mut position = 0;
+    let mut input = reference.prompt.clone();
+    for expected in &reference.output {
+        session.send(step(edges.embed(&input, session.wire_dtype()).unwrap(), position)).unwrap();
+        position += input.len();
+        let answer = session.receive().await.unwrap();
+        let token = likeliest(&edges.logits(&answer.hidden.unwrap()).unwrap());
+        assert_eq!(token, *expected);
+        input = vec![token];
+        between(position).await;
+    }
+}
+
+/// A peer of the swarm that says what it likes.
+struct Stranger {
+    swarm: Swarm,
+    frames: mpsc::Receiver<Frame>,
+}
+
+struct Collect(mpsc::Sender<Frame>);
+
+impl Service for Collect {
+    fn frame(&self, _link: &Link, frame: Frame) {
+        // More than the test looks at is not kept.
+        let _ = self.0.try_send(frame);
+    }
+
+    fn link_closed(&self, _link: &Link) {}
+
+    fn request(&self, _from: libp2p::PeerId, _request: rpc::Request) -> BoxFuture<'static, rpc::Response> {
+        Box::pin(std::future::ready(rpc::Response::default()))
+    }
+}
+
+impl Stranger {
+    async fn join(peer: &Server) -> Self {
+        let (sender, frames) = mpsc::channel(64);
+        let swarm = Swarm::start(network(peer), Arc::new(Collect(sender))).await.unwrap();
+        swarm.join(Duration::from_secs(10)).await.unwrap();
+        Self { swarm, frames }
+    }
+
+    /// Sends a frame and returns the answer.
+    async fn ask(&mut self, node: &Announcement, header: proto::Frame, payload: Vec<u8>) -> proto::frame::Body {
+        let link = self.swarm.link(node.peer_id, &node.addresses).await.unwrap();
+        link.send(Frame { header, payload: payload.into() }).unwrap();
+        let answer = tokio::time::timeout(Duration::from_secs(10), self.frames.recv()).await.unwrap().unwrap();
+        answer.header.body.unwrap()
+    }
+
+    /// Sends a frame and checks that it is refused.
+    async fn is_refused(&mut self, node: &Announcement, header: proto::Frame, payload: Vec<u8>) -> proto::Code {
+        match self.ask(node, header, payload).await {
+            proto::frame::Body::Fault(fault) => fault.code(),
+            other => panic!("not refused: {other:?}"),
+        }
+    }
+}
+
+fn frame(session: SessionId, epoch: u64, body: proto::frame::Body) -> proto::Frame {
+    proto::Frame { session: session.to_wire(), epoch, body: Some(body) }
+}
+
+fn foreign_step(number: u64, position: u64) -> proto::frame::Body {
+    proto::frame::Body::Step(proto::Step {
+        number,
+        lanes: vec![proto::LaneRun { lane: 0, position, tokens: 1 }],
+        tensor: Some(proto::Tensor { dtype: announcement::Dtype::F32.into(), rows: 1, hidden: 64 }),
+        want: proto::Want::Last.into(),
+        ..Default::default()
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stranger_who_knows_a_sessions_id_can_do_nothing_to_it() {
+    let (place, model) = (Place::new(), fixture("llama"));
+    let (bootstrap, _nodes) = place.swarm(&model, &["0:3", "3:6"], &[]);
+    let client = client(&model, &bootstrap).await;
+    let (mut session, route) = client.open_session(limits(40), Duration::ZERO).await.unwrap();
+    let mut stranger = Stranger::join(&bootstrap).await;
+    let id = session.id();
+    let hops: Vec<Announcement> = route.hops.iter().map(|hop| hop.announcement.clone()).collect();
+
+    generate_with(&client, &mut session, &model, async |position| {
+        let next = (position - 40 + 2) as u64;
+        for hop in &hops {
+            for (number, position) in [(next, position as u64), (next, 3), (next - 1, 0), (0, 0), (u64::MAX, 0)] {
+                let header = frame(id, 1, foreign_step(number, position));
+                assert_eq!(stranger.is_refused(hop, header, vec![0; 256]).await, proto::Code::UnknownSession);
+            }
+            let close = frame(id, 1, proto::frame::Body::Close(proto::Close {}));
+            assert_eq!(stranger.is_refused(hop, close, vec![]).await, proto::Code::UnknownSession);
+        }
+    })
+    .await;
+
+    // Nor with tickets of its own making: signed by itself, or copied from what it might have seen.
+    let own = stranger.swarm.peer_id();
+    let ticket = Ticket {
+        session: id,
+        epoch: 2,
+        client: own,
+        hop: hops[0].peer_id,
+        upstream: own,
+        downstream: own,
+        dht_prefix: client.model().dht_prefix().to_owned(),
+        fingerprint: client.model().fingerprint(),
+        blocks: 0..3,
+        wire_dtype: Dtype::F32,
+        limits: limits(40),
+        expires_unix_ms: u64::MAX / 2,
+    };
+    let keypair = stranger.swarm.identity().keypair().clone();
+    for (claims, code) in [(own, proto::Code::NotAllowed), (client.swarm().peer_id(), proto::Code::BadTicket)] {
+        let open = Ticket { client: claims, ..ticket.clone() }.sign(&keypair).unwrap();
+        let header = frame(id, 2, proto::frame::Body::Open(open));
+        assert_eq!(stranger.is_refused(&hops[0], header, vec![]).await, code);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hop_can_not_speak_for_the_client() {
+    // The second hop's place in the chain gives it no right to the first hop's session.
+    let (place, model) = (Place::new(), fixture("llama"));
+    let (bootstrap, _nodes) = place.swarm(&model, &["0:3", "3:6"], &[]);
+    let client = client(&model, &bootstrap).await;
+    let (session, route) = client.open_session(limits(40), Duration::ZERO).await.unwrap();
+    // The client itself is upstream of the first hop only.
+    let link = {
+        let hop = &route.hops[1].announcement;
+        client.swarm().link(hop.peer_id, &hop.addresses).await.unwrap()
+    };
+    link.send(Frame { header: frame(session.id(), 1, foreign_step(1, 0)), payload: vec![0; 256].into() }).unwrap();
+    let mut session = session;
+    session.send(step(client.model().edges().embed(&[1], Dtype::F32).unwrap(), 0)).unwrap();
+    let error = session.receive().await.unwrap_err();
+    assert!(matches!(error, SessionError::Fault { code: proto::Code::UnknownSession, .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_decode_one_response_comes_back_a_step_and_no_other_hidden_states() {
+    let (place, model) = (Place::new(), fixture("llama"));
+    let (bootstrap, _nodes) = place.swarm(&model, &["0:2", "2:4", "4:6"], &[]);
+    let client = client(&model, &bootstrap).await;
+    let reference = reference(&model);
+    let options =
+        GenerationOptions { max_tokens: 24, ignore_eos: true, prefill_chunk: 10, ..GenerationOptions::default() };
+    let generation = client.generate(&reference.prompt, &options, &mut |_| {}).await.unwrap();
+    assert_eq!(generation.output_ids, reference.output);
+    // Four chunks of the prompt, of which the last one brings a row, then 23 decode steps.
+    let (steps, rows) = (4 + 23, 24);
+    assert_eq!(client.traffic().outputs(), steps);
+    assert_eq!(client.traffic().payload_bytes(), rows * 64 * 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn broken_rules_are_named_and_end_the_session_alone() {
+    let (place, model) = (Place::new(), fixture("llama"));
+    let (bootstrap, _nodes) = place.swarm(&model, &["0:3", "3:6"], &[]);
+    let client = client(&model, &bootstrap).await;
+    let embed = |count: usize| client.model().edges().embed(&vec![7; count], Dtype::F32).unwrap();
+    let poisoned = || {
+        let mut bytes = embed(1).bytes.to_vec();
+        bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
+        HiddenStates { bytes: Bytes::from(bytes), ..embed(1) }
+    };
+    for (hidden, position, says) in [
+        (embed(1), 5, "position"),
+        (embed(41), 0, "41 rows"),
+        (embed(1), 64, "65 tokens"),
+        (HiddenStates { hidden: 32, rows: 2, ..embed(1) }, 0, "hidden size 32"),
+        (poisoned(), 0, "finite"),
+    ] {
+        let (mut session, _) = client.open_session(limits(40), Duration::ZERO).await.unwrap();
+        session.send(step(hidden, position)).unwrap();
+        let error = session.receive().await.unwrap_err();
+        assert!(error.to_string().contains(says), "{error} should say {says}");
+        assert!(matches!(error, SessionError::Fault { maybe_applied: false, .. }), "{error:?}");
+    }
+    let (mut session, _) = client.open_session(limits(40), Duration::ZERO).await.unwrap();
+    generate_with(&client, &mut session, &model, async |_| {}).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rollback_forgets_what_came_after() {
+    let (place, model) = (Place::new(), fixture("qwen3"));
+    let (bootstrap, _nodes) = place.swarm(&model, &["0:3", "3:6"], &[]);
+    let client = client(&model, &bootstrap).await;
+    let (mut session, _) = client.open_session(limits(40), Duration::ZERO).await.unwrap();
+    let nonsense = client.model().edges().embed(&[9; 30], Dtype::F32).unwrap();
+    session.send(step(nonsense, 0)).unwrap();
+    session.receive().await.unwrap();
+    // From position 0 again: the reference's tokens, as if nothing had been there.
+    generate_with(&client, &mut session, &model, async |_| {}).await;
+}
