@@ -72,8 +72,9 @@ impl Command {
     /// What is logged where RUST_LOG doesn't say: servers tell what they do, commands only what goes wrong.
     fn default_log(&self) -> &'static str {
         match self {
-            Self::Node(_) => "helion=info,warn",
-            _ => "warn",
+            // That a new swarm's DHT knows nobody yet is no news.
+            Self::Node(_) => "helion=info,warn,libp2p_kad=error",
+            _ => "warn,libp2p_kad=error",
         }
     }
 
@@ -159,8 +160,9 @@ fn start_log(format: LogFormat, default: &str) {
     use tracing_subscriber::EnvFilter;
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
     match format {
-        LogFormat::Pretty => log.with_target(false).init(),
+        LogFormat::Pretty => log.with_target(false).with_ansi(colours).init(),
         LogFormat::Json => log.json().init(),
     }
 }

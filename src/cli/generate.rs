@@ -67,19 +67,19 @@ pub(super) struct GenerationArgs {
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_tokens: usize,
     /// Randomness; 0 always takes the likeliest token.
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
     temperature: f32,
     /// Choose among the likeliest tokens that together have this probability.
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
     top_p: f32,
     /// Choose among this many of the likeliest tokens; 0 is all.
     #[arg(long, value_name = "K", default_value_t = 0)]
     top_k: usize,
     /// Choose among tokens at least this likely, relative to the likeliest one.
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    #[arg(long, value_name = "P", default_value_t = 0.0, allow_negative_numbers = true)]
     min_p: f32,
     /// Divide the logits of tokens that appeared, prompt included, by this; 1 is off.
-    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    #[arg(long, value_name = "R", default_value_t = 1.0, allow_negative_numbers = true)]
     repetition_penalty: f32,
     /// Subtract this from a token's logit for every time it was generated.
     #[arg(long, value_name = "F", default_value_t = 0.0, allow_negative_numbers = true)]

@@ -47,7 +47,7 @@ fn edit_header(path: &Path, from: &str, to: &str) {
     let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     let header = String::from_utf8(bytes[8..8 + length].to_vec()).unwrap();
     assert!(header.contains(from), "{header}");
-    let header = header.replacen(from, to, 1);
+    let header = header.replace(from, to);
     std::fs::write(path, [&bytes[..8], header.as_bytes(), &bytes[8 + length..]].concat()).unwrap();
 }
 

@@ -11,35 +11,35 @@ use std::{
 use serde_json::Value;
 
 /// A process that takes longer hangs: the slowest of these tests' commands takes a few seconds.
-pub const HANG: Duration = Duration::from_secs(60);
+pub(super) const HANG: Duration = Duration::from_secs(60);
 
 /// A checkpoint of the test data.
-pub fn fixture(name: &str) -> PathBuf {
+pub(super) fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
 /// The demo's chat model.
-pub fn tiny() -> PathBuf {
+pub(super) fn tiny() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cli/demo/helion-tiny")
 }
 
 /// What a command printed and how it ended.
 #[derive(Debug)]
-pub struct Finished {
-    pub status: ExitStatus,
-    pub stdout: String,
-    pub stderr: String,
+pub(super) struct Finished {
+    pub(super) status: ExitStatus,
+    pub(super) stdout: String,
+    pub(super) stderr: String,
 }
 
 impl Finished {
     /// The JSON object that it printed.
-    pub fn json(&self) -> Value {
+    pub(super) fn json(&self) -> Value {
         assert!(self.status.success(), "{self:?}");
         serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {self:?}"))
     }
 
     /// Checks a clear failure: the exit code, what the message says, and that nothing panicked.
-    pub fn fails(&self, code: i32, says: &[&str]) {
+    pub(super) fn fails(&self, code: i32, says: &[&str]) {
         assert_eq!(self.status.code(), Some(code), "{self:?}");
         assert!(!self.stderr.contains("panicked"), "{self:?}");
         for part in says {
@@ -49,16 +49,16 @@ impl Finished {
 }
 
 /// A place of its own for a test's processes: state, keys, files.
-pub struct Place {
+pub(super) struct Place {
     dir: tempfile::TempDir,
 }
 
 impl Place {
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { dir: tempfile::tempdir().unwrap() }
     }
 
-    pub fn path(&self) -> &Path {
+    pub(super) fn path(&self) -> &Path {
         self.dir.path()
     }
 
@@ -69,22 +69,22 @@ impl Place {
     }
 
     /// Runs a command to its end.
-    pub fn run(&self, args: &[&str]) -> Finished {
+    pub(super) fn run(&self, args: &[&str]) -> Finished {
         self.start(args).finish()
     }
 
     /// Starts a command.
-    pub fn start(&self, args: &[&str]) -> Running {
+    pub(super) fn start(&self, args: &[&str]) -> Running {
         Running::spawn(self.command(args).stdin(Stdio::null()), args)
     }
 
     /// Starts a command with more environment, and an open standard input.
-    pub fn start_with(&self, args: &[&str], environment: &[(&str, &Path)]) -> Running {
+    pub(super) fn start_with(&self, args: &[&str], environment: &[(&str, &Path)]) -> Running {
         Running::spawn(self.command(args).envs(environment.iter().copied()).stdin(Stdio::piped()), args)
     }
 
     /// Starts a command and types `input` into it.
-    pub fn run_typing(&self, args: &[&str], input: &str) -> Finished {
+    pub(super) fn run_typing(&self, args: &[&str], input: &str) -> Finished {
         use std::io::Write;
         let mut running = Running::spawn(self.command(args).stdin(Stdio::piped()), args);
         let mut stdin = running.child.stdin.take().unwrap();
@@ -94,7 +94,7 @@ impl Place {
     }
 
     /// Starts a bootstrap node.
-    pub fn bootstrap(&self) -> Server {
+    pub(super) fn bootstrap(&self) -> Server {
         let key = self.key();
         Server::start(self, &["node", "bootstrap", "--new-swarm", "--identity-path", &key])
     }
@@ -106,7 +106,7 @@ impl Place {
     }
 
     /// Starts a node in f32 that joins by `peer`, and waits until it serves. `args` come last.
-    pub fn node(&self, model: &Path, peer: &Server, args: &[&str]) -> Server {
+    pub(super) fn node(&self, model: &Path, peer: &Server, args: &[&str]) -> Server {
         let (model, key) = (model.display().to_string(), self.key());
         let mut all = vec!["node", "serve", "--model", &model, "--initial-peers", &peer.address];
         if !args.contains(&"--identity-path") {
@@ -120,7 +120,7 @@ impl Place {
     }
 
     /// A swarm of one bootstrap node and a node for each range of blocks.
-    pub fn swarm(&self, model: &Path, spans: &[&str], args: &[&str]) -> (Server, Vec<Server>) {
+    pub(super) fn swarm(&self, model: &Path, spans: &[&str], args: &[&str]) -> (Server, Vec<Server>) {
         let bootstrap = self.bootstrap();
         let nodes =
             spans.iter().map(|span| self.node(model, &bootstrap, &[&["--blocks", span], args].concat())).collect();
@@ -128,14 +128,14 @@ impl Place {
     }
 
     /// `client generate --json` with these prompt ids.
-    pub fn generate(&self, model: &Path, peer: &Server, ids: &[u32], args: &[&str]) -> Finished {
+    pub(super) fn generate(&self, model: &Path, peer: &Server, ids: &[u32], args: &[&str]) -> Finished {
         let (model, ids) = (model.display().to_string(), join(ids));
         let base = ["client", "generate", "--model", &model, "--initial-peers", &peer.address, "--input-ids", &ids];
         self.run(&[&base[..], &["--no-mdns", "--dtype", "f32", "--json"], args].concat())
     }
 
     /// `client status --json`.
-    pub fn status(&self, model: &Path, peer: &Server) -> Value {
+    pub(super) fn status(&self, model: &Path, peer: &Server) -> Value {
         let model = model.display().to_string();
         self.run(&["client", "status", "--model", &model, "--initial-peers", &peer.address, "--no-mdns", "--json"])
             .json()
@@ -143,13 +143,13 @@ impl Place {
 }
 
 /// Ids as `--input-ids` takes them.
-pub fn join(ids: &[u32]) -> String {
+pub(super) fn join(ids: &[u32]) -> String {
     ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
 /// A process; killed when dropped.
-pub struct Running {
-    pub child: Child,
+pub(super) struct Running {
+    pub(super) child: Child,
     what: String,
     stdout: Lines,
     stderr: Lines,
@@ -182,12 +182,12 @@ impl Running {
     }
 
     /// The next line of stdout that holds `mark`.
-    pub fn line_with(&self, mark: &str) -> String {
+    pub(super) fn line_with(&self, mark: &str) -> String {
         self.wait_for(&self.stdout, mark)
     }
 
     /// The next line of stderr that holds `mark`.
-    pub fn error_with(&self, mark: &str) -> String {
+    pub(super) fn error_with(&self, mark: &str) -> String {
         self.wait_for(&self.stderr, mark)
     }
 
@@ -206,12 +206,12 @@ impl Running {
     }
 
     /// What it has printed to stderr.
-    pub fn said(&self) -> String {
+    pub(super) fn said(&self) -> String {
         self.stderr.lock().unwrap().try_iter().collect()
     }
 
     /// Waits for its end.
-    pub fn finish(mut self) -> Finished {
+    pub(super) fn finish(mut self) -> Finished {
         let status = self.wait();
         // The readers end when the pipes do.
         let stdout = self.stdout.lock().unwrap().iter().collect();
@@ -231,14 +231,14 @@ impl Running {
     }
 
     /// What it holds in memory now.
-    pub fn resident_bytes(&self) -> u64 {
+    pub(super) fn resident_bytes(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
         let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
         line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
     }
 
     /// Sends a signal, by its name.
-    pub fn signal(&self, name: &str) {
+    pub(super) fn signal(&self, name: &str) {
         let status = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();
         assert!(status.success());
     }
@@ -253,11 +253,11 @@ impl Drop for Running {
 }
 
 /// A node or bootstrap process that is up.
-pub struct Server {
+pub(super) struct Server {
     pub running: Running,
     /// Its address, with its peer id.
-    pub address: String,
-    pub peer_id: String,
+    pub(super) address: String,
+    pub(super) peer_id: String,
 }
 
 impl Server {
@@ -275,7 +275,7 @@ impl Server {
     }
 
     /// Stops it as an operator does, and checks that it leaves well.
-    pub fn terminate(mut self) {
+    pub(super) fn terminate(mut self) {
         self.running.signal("TERM");
         let status = self.running.wait();
         assert!(status.success(), "{status}: {}", self.running.said());
@@ -283,13 +283,13 @@ impl Server {
 }
 
 /// A fixture's reference: prompt and greedy continuation.
-pub struct Reference {
-    pub prompt: Vec<u32>,
-    pub output: Vec<u32>,
+pub(super) struct Reference {
+    pub(super) prompt: Vec<u32>,
+    pub(super) output: Vec<u32>,
 }
 
 /// Reads a fixture's reference.
-pub fn reference(model: &Path) -> Reference {
+pub(super) fn reference(model: &Path) -> Reference {
     let bytes = std::fs::read(model.join("golden.safetensors")).unwrap();
     let golden = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let ids = |name: &str| -> Vec<u32> {
@@ -302,6 +302,6 @@ pub fn reference(model: &Path) -> Reference {
 }
 
 /// The numbers of a JSON array.
-pub fn numbers(value: &Value) -> Vec<u32> {
+pub(super) fn numbers(value: &Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }

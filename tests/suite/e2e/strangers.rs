@@ -234,7 +234,7 @@ async fn broken_rules_are_named_and_end_the_session_alone() {
         HiddenStates { bytes: Bytes::from(bytes), ..embed(1) }
     };
     for (hidden, position, says) in [
-        (embed(1), 5, "position"),
+        (embed(1), 5, "begins at 5"),
         (embed(41), 0, "41 rows"),
         (embed(1), 64, "65 tokens"),
         (HiddenStates { hidden: 32, rows: 2, ..embed(1) }, 0, "hidden size 32"),
