@@ -5,6 +5,8 @@
 //! [`Link::send`] put into the outbox. Sending never blocks and may be done from any thread: where the outbox is full, it says
 //! so, and what to do then is the session's business. Bytes count against the outbox until the stream below has taken them.
 
+mod fused;
+
 use std::{
     collections::{HashMap, VecDeque},
     fmt,
@@ -21,6 +23,7 @@ use libp2p::PeerId;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use self::fused::Fused;
 use super::{
     Service,
     frame::{self, Frame, FrameError, FrameLimits},
@@ -30,6 +33,8 @@ use super::{
 const COALESCE_BYTES: usize = 32 * 1024;
 /// What is gathered from several small frames before it is written.
 const BATCH_BYTES: usize = 64 * 1024;
+/// How long the end of a stream may take, either way.
+const ENDING_TIMEOUT: Duration = Duration::from_secs(1);
 /// Streams that one peer may keep open to this one: it needs one, and another while the old one dies.
 const MAX_INBOUND_PER_PEER: usize = 4;
 
@@ -153,12 +158,11 @@ impl Link {
     pub fn send(&self, frame: Frame) -> Result<(), SendError> {
         let peer = self.0.peer;
         let limits = &self.0.limits;
-        frame::check(&frame, limits.frame).map_err(|source| SendError::TooLarge { peer, source })?;
+        let length = frame::wire_bytes(&frame, limits.frame).map_err(|source| SendError::TooLarge { peer, source })?;
         let mut outbox = self.0.lock_outbox();
         if self.is_closed() {
             return Err(SendError::Closed { peer });
         }
-        let length = cost(&frame);
         let waiting = outbox.frames.len();
         if waiting >= limits.outbox_frames || (outbox.bytes > 0 && outbox.bytes + length > limits.outbox_bytes) {
             return Err(SendError::Full { peer, frames: waiting, bytes: outbox.bytes });
@@ -227,11 +231,6 @@ impl Shared {
             self.drained.notify_waiters();
         }
     }
-}
-
-/// What a frame counts for in the outbox: its payload and about what its header takes.
-fn cost(frame: &Frame) -> usize {
-    frame.payload.len() + 128
 }
 
 /// The links of this process, by peer.
@@ -313,14 +312,10 @@ where
         tracing::warn!(peer = %new.peer, "refused a stream: the peer has {MAX_INBOUND_PER_PEER} open already");
         return None;
     }
-    let (reader, writer) = new.stream.split();
+    let (reader, writer) = Fused::new(new.stream).split();
     tokio::spawn(write_frames(link.clone(), writer));
-    tokio::spawn(read_frames(link.clone(), reader, links_of(links), service));
+    tokio::spawn(read_frames(link.clone(), reader, Arc::downgrade(links), service));
     Some(link)
-}
-
-fn links_of(links: &Arc<Links>) -> Weak<Links> {
-    Arc::downgrade(links)
 }
 
 /// Tells the service when reading ends, however it ends.
@@ -333,6 +328,8 @@ struct Ended {
 impl Drop for Ended {
     fn drop(&mut self) {
         self.link.close();
+        // Nobody will send what waits, and clones of the link may stay around.
+        self.link.0.lock_outbox().frames.clear();
         if let Some(links) = self.links.upgrade() {
             links.remove(&self.link);
         }
@@ -387,10 +384,12 @@ where
     };
     if let Err(error) = result {
         tracing::debug!(peer = %link.peer(), %error, "cannot write to a link");
+        // What the peer sent before it went is still read.
+        let _ = tokio::time::timeout(ENDING_TIMEOUT, link.0.closed.cancelled()).await;
         link.close();
     }
-    // The reader's half keeps the stream; closing this one tells the peer that no more comes. Not worth waiting long for.
-    let _ = tokio::time::timeout(Duration::from_secs(1), stream.close()).await;
+    // Tells the peer that no more comes.
+    let _ = tokio::time::timeout(ENDING_TIMEOUT, stream.close()).await;
 }
 
 /// Writes `frame`, together with the small ones that wait behind it.
@@ -399,11 +398,12 @@ where
     S: AsyncWrite + Unpin,
 {
     batch.clear();
-    let mut costs = 0;
+    let mut written = 0;
     let mut next = Some(frame);
     while let Some(frame) = next.take() {
-        costs += cost(&frame);
+        let before = batch.len();
         frame::encode_head(&frame, link.0.limits.frame, batch)?;
+        written += batch.len() - before + frame.payload.len();
         if frame.payload.len() > COALESCE_BYTES {
             stream.write_all(batch).await?;
             stream.write_all(&frame.payload).await?;
@@ -416,6 +416,6 @@ where
         }
     }
     stream.write_all(batch).await?;
-    link.0.written(costs);
+    link.0.written(written);
     Ok(())
 }

@@ -4,5 +4,6 @@
 mod golden;
 mod house;
 mod hub;
+mod proxy;
 mod swarm;
 mod tokenizers;

@@ -14,6 +14,7 @@ use tokio::{sync::oneshot, time::Instant};
 use super::Driver;
 use crate::swarm::{
     announcement::{MAX_LIFETIME, set::Origin, unix_ms},
+    network::REPLICAS,
     records::{Accepted, Bearer},
 };
 
@@ -119,7 +120,7 @@ impl Driver {
             }
             (Query::Put { .. }, QueryResult::PutRecord(result)) => {
                 let stored = match &result {
-                    Ok(_) => kad::K_VALUE.get(),
+                    Ok(_) => REPLICAS.get(),
                     Err(PutRecordError::QuorumFailed { success, .. } | PutRecordError::Timeout { success, .. }) => {
                         success.len()
                     }
