@@ -5,8 +5,6 @@
 //! [`Link::send`] put into the outbox. Sending never blocks and may be done from any thread: where the outbox is full, it says
 //! so, and what to do then is the session's business. Bytes count against the outbox until the stream below has taken them.
 
-mod fused;
-
 use std::{
     collections::{HashMap, VecDeque},
     fmt,
@@ -21,9 +19,8 @@ use bytes::BytesMut;
 use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use libp2p::PeerId;
 use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::fused::Fused;
 use super::{
     Service,
     frame::{self, Frame, FrameError, FrameLimits},
@@ -100,8 +97,8 @@ struct Shared {
     outbox: Mutex<Outbox>,
     /// The outbox got its first frame.
     filled: Notify,
-    /// The outbox is empty and flushed.
-    drained: Notify,
+    /// No more frames are taken; those in the outbox still leave.
+    finishing: CancellationToken,
     closed: CancellationToken,
 }
 
@@ -110,8 +107,6 @@ struct Outbox {
     frames: VecDeque<Frame>,
     /// Of the frames, and of the one being written.
     bytes: usize,
-    /// The writer holds frames that the stream hasn't taken.
-    writing: bool,
 }
 
 impl Link {
@@ -124,7 +119,7 @@ impl Link {
             limits,
             outbox: Mutex::default(),
             filled: Notify::new(),
-            drained: Notify::new(),
+            finishing: CancellationToken::new(),
             closed: CancellationToken::new(),
         }))
     }
@@ -160,7 +155,7 @@ impl Link {
         let limits = &self.0.limits;
         let length = frame::wire_bytes(&frame, limits.frame).map_err(|source| SendError::TooLarge { peer, source })?;
         let mut outbox = self.0.lock_outbox();
-        if self.is_closed() {
+        if self.is_closed() || self.0.finishing.is_cancelled() {
             return Err(SendError::Closed { peer });
         }
         let waiting = outbox.frames.len();
@@ -176,22 +171,13 @@ impl Link {
         Ok(())
     }
 
-    /// Waits until everything that was sent has been handed to the connection, or the link is closed.
-    pub(super) async fn drained(&self) {
-        loop {
-            let drained = self.0.drained.notified();
-            let is_drained = {
-                let outbox = self.0.lock_outbox();
-                outbox.frames.is_empty() && !outbox.writing
-            };
-            if is_drained || self.is_closed() {
-                return;
-            }
-            tokio::select! {
-                () = drained => {}
-                () = self.0.closed.cancelled() => return,
-            }
-        }
+    /// Sends what is in the outbox, says that no more comes, and waits until the peer has seen that and closes the stream.
+    ///
+    /// Closing a connection at once would lose what was sent before: with unread bytes from the peer in the socket, the
+    /// system resets it, and the peer's system drops what it has not read yet.
+    pub(super) async fn finish(&self) {
+        self.0.finishing.cancel();
+        self.0.closed.cancelled().await;
     }
 }
 
@@ -211,25 +197,13 @@ impl Shared {
         self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next frames to write, up to one batch; `None` if there are none, which also marks the outbox as idle.
     fn next_frame(&self) -> Option<Frame> {
-        let mut outbox = self.lock_outbox();
-        let frame = outbox.frames.pop_front();
-        outbox.writing |= frame.is_some();
-        frame
+        self.lock_outbox().frames.pop_front()
     }
 
     fn written(&self, bytes: usize) {
         let mut outbox = self.lock_outbox();
         outbox.bytes = outbox.bytes.saturating_sub(bytes);
-    }
-
-    fn flushed(&self) {
-        let mut outbox = self.lock_outbox();
-        outbox.writing = false;
-        if outbox.frames.is_empty() {
-            self.drained.notify_waiters();
-        }
     }
 }
 
@@ -237,6 +211,7 @@ impl Shared {
 #[derive(Default)]
 pub(super) struct Links {
     peers: Mutex<HashMap<PeerId, OfPeer>>,
+    reading: TaskTracker,
 }
 
 #[derive(Default)]
@@ -260,6 +235,12 @@ impl Links {
         if let Some(of_peer) = self.lock().remove(peer) {
             of_peer.outbound.iter().chain(&of_peer.inbound).for_each(Link::close);
         }
+    }
+
+    /// Waits until the service has been told of the end of every link. No new one may start.
+    pub(super) async fn ended(&self) {
+        self.reading.close();
+        self.reading.wait().await;
     }
 
     /// All links there are.
@@ -312,9 +293,9 @@ where
         tracing::warn!(peer = %new.peer, "refused a stream: the peer has {MAX_INBOUND_PER_PEER} open already");
         return None;
     }
-    let (reader, writer) = Fused::new(new.stream).split();
+    let (reader, writer) = new.stream.split();
     tokio::spawn(write_frames(link.clone(), writer));
-    tokio::spawn(read_frames(link.clone(), reader, Arc::downgrade(links), service));
+    links.reading.spawn(read_frames(link.clone(), reader, Arc::downgrade(links), service));
     Some(link)
 }
 
@@ -369,12 +350,19 @@ where
     let writing = async {
         let mut batch = BytesMut::new();
         loop {
-            link.0.filled.notified().await;
+            let is_last = tokio::select! {
+                () = link.0.filled.notified() => false,
+                () = link.0.finishing.cancelled() => true,
+            };
             while let Some(frame) = link.0.next_frame() {
                 write_batch(&link, &mut stream, &mut batch, frame).await?;
             }
             stream.flush().await?;
-            link.0.flushed();
+            if is_last {
+                stream.close().await?;
+                link.0.closed.cancelled().await;
+                return Ok(());
+            }
         }
     };
     let result: Result<(), FrameError> = tokio::select! {

@@ -18,7 +18,7 @@ use libp2p_connection_limits::{self as limits, ConnectionLimits};
 
 use super::{Role, SwarmConfig, Tuning, records::AnnouncementStore, rpc, streams};
 
-/// Peers that keep each record. A look-up asks about one and a half times as many over its disjoint paths.
+/// Peers that keep each record. Announcements are renewed every minute, so they need not survive much churn.
 pub(super) const REPLICAS: NonZeroUsize = NonZeroUsize::new(16).unwrap();
 /// Its own name, so that other libp2p networks don't mix in.
 pub(super) const KAD_PROTOCOL: StreamProtocol = StreamProtocol::new("/helion/kad/1");
