@@ -111,9 +111,11 @@ fn checked_lengths(header: usize, payload: usize, limits: FrameLimits) -> Result
     Ok((u32::try_from(header).map_err(|_| header_error)?, u32::try_from(payload).map_err(|_| payload_error)?))
 }
 
-/// Checks a frame as its receiver will.
-pub fn check(frame: &Frame, limits: FrameLimits) -> Result<(), FrameError> {
-    checked_lengths(frame.header.encoded_len(), frame.payload.len(), limits).map(drop)
+/// The bytes that a frame takes on the wire, if its receiver will take it.
+pub fn wire_bytes(frame: &Frame, limits: FrameLimits) -> Result<usize, FrameError> {
+    let header = frame.header.encoded_len();
+    checked_lengths(header, frame.payload.len(), limits)?;
+    Ok(PREFIX_BYTES + header + frame.payload.len())
 }
 
 /// Reads the next frame; `None` where the stream ended between two. `scratch` is reused from frame to frame.

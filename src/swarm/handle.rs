@@ -34,7 +34,7 @@ use super::{
 };
 
 /// How long frames that were sent may take to leave when the swarm stops.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
+const FINISH_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long an exchange with a peer may take.
 const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -259,12 +259,14 @@ impl Swarm {
     /// until it expires unless [`Swarm::withdraw`] was called before.
     pub async fn stop(&self) {
         let links = self.0.shared.links.all();
-        let drained = join_all(links.iter().map(Link::drained));
-        if tokio::time::timeout(DRAIN_TIMEOUT, drained).await.is_err() {
+        let finished = join_all(links.iter().map(Link::finish));
+        if tokio::time::timeout(FINISH_TIMEOUT, finished).await.is_err() {
             tracing::warn!("some peers did not take all frames in time");
         }
         let _ = self.command(|reply| Command::Stop { reply }).await;
         self.0.stop.cancel();
+        // A service that blocks is not waited for any longer than that.
+        let _ = tokio::time::timeout(FINISH_TIMEOUT, self.0.shared.links.ended()).await;
         self.0.save_remembered().await;
     }
 

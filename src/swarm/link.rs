@@ -19,7 +19,7 @@ use bytes::BytesMut;
 use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use libp2p::PeerId;
 use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     Service,
@@ -30,6 +30,8 @@ use super::{
 const COALESCE_BYTES: usize = 32 * 1024;
 /// What is gathered from several small frames before it is written.
 const BATCH_BYTES: usize = 64 * 1024;
+/// How long the end of a stream may take, either way.
+const ENDING_TIMEOUT: Duration = Duration::from_secs(1);
 /// Streams that one peer may keep open to this one: it needs one, and another while the old one dies.
 const MAX_INBOUND_PER_PEER: usize = 4;
 
@@ -95,8 +97,8 @@ struct Shared {
     outbox: Mutex<Outbox>,
     /// The outbox got its first frame.
     filled: Notify,
-    /// The outbox is empty and flushed.
-    drained: Notify,
+    /// No more frames are taken; those in the outbox still leave.
+    finishing: CancellationToken,
     closed: CancellationToken,
 }
 
@@ -105,8 +107,6 @@ struct Outbox {
     frames: VecDeque<Frame>,
     /// Of the frames, and of the one being written.
     bytes: usize,
-    /// The writer holds frames that the stream hasn't taken.
-    writing: bool,
 }
 
 impl Link {
@@ -119,7 +119,7 @@ impl Link {
             limits,
             outbox: Mutex::default(),
             filled: Notify::new(),
-            drained: Notify::new(),
+            finishing: CancellationToken::new(),
             closed: CancellationToken::new(),
         }))
     }
@@ -153,12 +153,11 @@ impl Link {
     pub fn send(&self, frame: Frame) -> Result<(), SendError> {
         let peer = self.0.peer;
         let limits = &self.0.limits;
-        frame::check(&frame, limits.frame).map_err(|source| SendError::TooLarge { peer, source })?;
+        let length = frame::wire_bytes(&frame, limits.frame).map_err(|source| SendError::TooLarge { peer, source })?;
         let mut outbox = self.0.lock_outbox();
-        if self.is_closed() {
+        if self.is_closed() || self.0.finishing.is_cancelled() {
             return Err(SendError::Closed { peer });
         }
-        let length = cost(&frame);
         let waiting = outbox.frames.len();
         if waiting >= limits.outbox_frames || (outbox.bytes > 0 && outbox.bytes + length > limits.outbox_bytes) {
             return Err(SendError::Full { peer, frames: waiting, bytes: outbox.bytes });
@@ -172,22 +171,13 @@ impl Link {
         Ok(())
     }
 
-    /// Waits until everything that was sent has been handed to the connection, or the link is closed.
-    pub(super) async fn drained(&self) {
-        loop {
-            let drained = self.0.drained.notified();
-            let is_drained = {
-                let outbox = self.0.lock_outbox();
-                outbox.frames.is_empty() && !outbox.writing
-            };
-            if is_drained || self.is_closed() {
-                return;
-            }
-            tokio::select! {
-                () = drained => {}
-                () = self.0.closed.cancelled() => return,
-            }
-        }
+    /// Sends what is in the outbox, says that no more comes, and waits until the peer has seen that and closes the stream.
+    ///
+    /// Closing a connection at once would lose what was sent before: with unread bytes from the peer in the socket, the
+    /// system resets it, and the peer's system drops what it has not read yet.
+    pub(super) async fn finish(&self) {
+        self.0.finishing.cancel();
+        self.0.closed.cancelled().await;
     }
 }
 
@@ -207,37 +197,21 @@ impl Shared {
         self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next frames to write, up to one batch; `None` if there are none, which also marks the outbox as idle.
     fn next_frame(&self) -> Option<Frame> {
-        let mut outbox = self.lock_outbox();
-        let frame = outbox.frames.pop_front();
-        outbox.writing |= frame.is_some();
-        frame
+        self.lock_outbox().frames.pop_front()
     }
 
     fn written(&self, bytes: usize) {
         let mut outbox = self.lock_outbox();
         outbox.bytes = outbox.bytes.saturating_sub(bytes);
     }
-
-    fn flushed(&self) {
-        let mut outbox = self.lock_outbox();
-        outbox.writing = false;
-        if outbox.frames.is_empty() {
-            self.drained.notify_waiters();
-        }
-    }
-}
-
-/// What a frame counts for in the outbox: its payload and about what its header takes.
-fn cost(frame: &Frame) -> usize {
-    frame.payload.len() + 128
 }
 
 /// The links of this process, by peer.
 #[derive(Default)]
 pub(super) struct Links {
     peers: Mutex<HashMap<PeerId, OfPeer>>,
+    reading: TaskTracker,
 }
 
 #[derive(Default)]
@@ -261,6 +235,12 @@ impl Links {
         if let Some(of_peer) = self.lock().remove(peer) {
             of_peer.outbound.iter().chain(&of_peer.inbound).for_each(Link::close);
         }
+    }
+
+    /// Waits until the service has been told of the end of every link. No new one may start.
+    pub(super) async fn ended(&self) {
+        self.reading.close();
+        self.reading.wait().await;
     }
 
     /// All links there are.
@@ -315,12 +295,8 @@ where
     }
     let (reader, writer) = new.stream.split();
     tokio::spawn(write_frames(link.clone(), writer));
-    tokio::spawn(read_frames(link.clone(), reader, links_of(links), service));
+    links.reading.spawn(read_frames(link.clone(), reader, Arc::downgrade(links), service));
     Some(link)
-}
-
-fn links_of(links: &Arc<Links>) -> Weak<Links> {
-    Arc::downgrade(links)
 }
 
 /// Tells the service when reading ends, however it ends.
@@ -333,6 +309,8 @@ struct Ended {
 impl Drop for Ended {
     fn drop(&mut self) {
         self.link.close();
+        // Nobody will send what waits, and clones of the link may stay around.
+        self.link.0.lock_outbox().frames.clear();
         if let Some(links) = self.links.upgrade() {
             links.remove(&self.link);
         }
@@ -372,12 +350,19 @@ where
     let writing = async {
         let mut batch = BytesMut::new();
         loop {
-            link.0.filled.notified().await;
+            let is_last = tokio::select! {
+                () = link.0.filled.notified() => false,
+                () = link.0.finishing.cancelled() => true,
+            };
             while let Some(frame) = link.0.next_frame() {
                 write_batch(&link, &mut stream, &mut batch, frame).await?;
             }
             stream.flush().await?;
-            link.0.flushed();
+            if is_last {
+                stream.close().await?;
+                link.0.closed.cancelled().await;
+                return Ok(());
+            }
         }
     };
     let result: Result<(), FrameError> = tokio::select! {
@@ -387,10 +372,12 @@ where
     };
     if let Err(error) = result {
         tracing::debug!(peer = %link.peer(), %error, "cannot write to a link");
+        // What the peer sent before it went is still read.
+        let _ = tokio::time::timeout(ENDING_TIMEOUT, link.0.closed.cancelled()).await;
         link.close();
     }
-    // The reader's half keeps the stream; closing this one tells the peer that no more comes. Not worth waiting long for.
-    let _ = tokio::time::timeout(Duration::from_secs(1), stream.close()).await;
+    // Tells the peer that no more comes.
+    let _ = tokio::time::timeout(ENDING_TIMEOUT, stream.close()).await;
 }
 
 /// Writes `frame`, together with the small ones that wait behind it.
@@ -399,11 +386,12 @@ where
     S: AsyncWrite + Unpin,
 {
     batch.clear();
-    let mut costs = 0;
+    let mut written = 0;
     let mut next = Some(frame);
     while let Some(frame) = next.take() {
-        costs += cost(&frame);
+        let before = batch.len();
         frame::encode_head(&frame, link.0.limits.frame, batch)?;
+        written += batch.len() - before + frame.payload.len();
         if frame.payload.len() > COALESCE_BYTES {
             stream.write_all(batch).await?;
             stream.write_all(&frame.payload).await?;
@@ -416,6 +404,6 @@ where
         }
     }
     stream.write_all(batch).await?;
-    link.0.written(costs);
+    link.0.written(written);
     Ok(())
 }

@@ -5,7 +5,7 @@
 //! bandwidth-delay product), which is what lets megabyte frames flow on long links once a stream has been used; kept streams
 //! have been.
 
-use std::{io, time::Duration};
+use std::{io, num::NonZeroUsize, time::Duration};
 
 use libp2p::{
     StreamProtocol, SwarmBuilder,
@@ -18,6 +18,8 @@ use libp2p_connection_limits::{self as limits, ConnectionLimits};
 
 use super::{Role, SwarmConfig, Tuning, records::AnnouncementStore, rpc, streams};
 
+/// Peers that keep each record. Announcements are renewed every minute, so they need not survive much churn.
+pub(super) const REPLICAS: NonZeroUsize = NonZeroUsize::new(16).unwrap();
 /// Its own name, so that other libp2p networks don't mix in.
 pub(super) const KAD_PROTOCOL: StreamProtocol = StreamProtocol::new("/helion/kad/1");
 const IDENTIFY_PROTOCOL: &str = "/helion/id/1";
@@ -78,6 +80,7 @@ fn kademlia(config: &SwarmConfig) -> kad::Behaviour<AnnouncementStore> {
     let peer = config.identity.peer_id();
     let mut kad = kad::Config::new(KAD_PROTOCOL);
     kad.set_query_timeout(config.tuning.lookup_timeout)
+        .set_replication_factor(REPLICAS)
         .disjoint_query_paths(true)
         .set_max_packet_size(MAX_KAD_PACKET_BYTES)
         .set_caching(kad::Caching::Disabled)

@@ -29,6 +29,12 @@ use libp2p::{
 /// Its name on the wire.
 pub(super) const PROTOCOL: StreamProtocol = StreamProtocol::new("/helion/session/1");
 
+/// Offered behind the real one, and spoken by nobody. Negotiation is lazy for the last name that is offered: the stream counts
+/// as open before the peer has agreed, and until then the task that reads and the one that writes take each other's place in
+/// the queue for the connection, so that one of them may never be woken. A link is worth its round trip: it is opened when a
+/// route is chosen, not at the first step, and the answer says whether the peer takes it.
+const NO_PROTOCOL: StreamProtocol = StreamProtocol::new("/helion/none");
+
 /// What the event loop learns.
 #[derive(Debug)]
 pub(super) enum Event {
@@ -141,7 +147,7 @@ impl ConnectionHandler for Handler {
     type OutboundOpenInfo = ();
 
     fn listen_protocol(&self) -> SubstreamProtocol<Upgrade> {
-        SubstreamProtocol::new(Upgrade(self.accepts.then_some(PROTOCOL)), ())
+        SubstreamProtocol::new(if self.accepts { Upgrade::Accept } else { Upgrade::Deny }, ())
     }
 
     fn poll(&mut self, _: &mut Context<'_>) -> Poll<ConnectionHandlerEvent<Upgrade, (), FromHandler>> {
@@ -151,7 +157,7 @@ impl ConnectionHandler for Handler {
         }
         if self.to_open > 0 {
             self.to_open -= 1;
-            let protocol = SubstreamProtocol::new(Upgrade(Some(PROTOCOL)), ());
+            let protocol = SubstreamProtocol::new(Upgrade::Open, ());
             return Poll::Ready(ConnectionHandlerEvent::OutboundSubstreamRequest { protocol });
         }
         Poll::Pending
@@ -172,7 +178,9 @@ impl ConnectionHandler for Handler {
             ConnectionEvent::DialUpgradeError(DialUpgradeError { error, .. }) => {
                 let reason = match error {
                     StreamUpgradeError::Timeout => "opening a stream took too long".to_owned(),
-                    StreamUpgradeError::NegotiationFailed => format!("the peer does not speak {PROTOCOL}"),
+                    StreamUpgradeError::NegotiationFailed | StreamUpgradeError::Apply(NotSpoken) => {
+                        format!("the peer does not speak {PROTOCOL}")
+                    }
                     StreamUpgradeError::Io(error) => error.to_string(),
                 };
                 self.events.push_back(FromHandler::Outbound(Err(reason)));
@@ -182,16 +190,27 @@ impl ConnectionHandler for Handler {
     }
 }
 
-/// Nothing to negotiate but the name; none where streams are not accepted.
+/// Nothing to negotiate but the name.
 #[derive(Debug, Clone)]
-pub(super) struct Upgrade(Option<StreamProtocol>);
+pub(super) enum Upgrade {
+    /// Streams are not accepted.
+    Deny,
+    Accept,
+    Open,
+}
 
 impl UpgradeInfo for Upgrade {
     type Info = StreamProtocol;
-    type InfoIter = std::option::IntoIter<StreamProtocol>;
+    type InfoIter = std::iter::Flatten<std::array::IntoIter<Option<StreamProtocol>, 2>>;
 
     fn protocol_info(&self) -> Self::InfoIter {
-        self.0.clone().into_iter()
+        match self {
+            Self::Deny => [None, None],
+            Self::Accept => [Some(PROTOCOL), None],
+            Self::Open => [Some(PROTOCOL), Some(NO_PROTOCOL)],
+        }
+        .into_iter()
+        .flatten()
     }
 }
 
@@ -205,12 +224,16 @@ impl InboundUpgrade<Stream> for Upgrade {
     }
 }
 
+/// The peer took none of the protocols.
+#[derive(Debug)]
+pub(super) struct NotSpoken;
+
 impl OutboundUpgrade<Stream> for Upgrade {
     type Output = Stream;
-    type Error = Infallible;
-    type Future = Ready<Result<Stream, Infallible>>;
+    type Error = NotSpoken;
+    type Future = Ready<Result<Stream, NotSpoken>>;
 
-    fn upgrade_outbound(self, stream: Stream, _: StreamProtocol) -> Self::Future {
-        ready(Ok(stream))
+    fn upgrade_outbound(self, stream: Stream, protocol: StreamProtocol) -> Self::Future {
+        ready(if protocol == PROTOCOL { Ok(stream) } else { Err(NotSpoken) })
     }
 }

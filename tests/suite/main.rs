@@ -5,5 +5,6 @@ mod e2e;
 mod golden;
 mod house;
 mod hub;
+mod proxy;
 mod swarm;
 mod tokenizers;

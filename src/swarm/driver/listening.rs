@@ -3,7 +3,7 @@
 use std::{
     collections::HashSet,
     io,
-    net::{SocketAddr, TcpListener},
+    net::{SocketAddr, TcpListener, UdpSocket},
     time::Duration,
 };
 
@@ -65,47 +65,29 @@ fn is_ipv6(address: &Multiaddr) -> bool {
     ip_of(address).is_some_and(|ip| ip.is_ipv6())
 }
 
-/// libp2p binds TCP sockets with `SO_REUSEPORT`, so that two nodes of one user would share a port without a word, and each get
-/// half of the connections. A socket without it shows whether the port is free.
+/// Binds the address once before libp2p does. libp2p binds TCP sockets with `SO_REUSEPORT`, so that two nodes of one user would
+/// share a port without a word, and each get half of the connections; and its errors don't say of what kind they are.
 fn check_port(address: &Multiaddr) -> Result<(), StartError> {
     let port = address.iter().find_map(|part| match part {
-        Protocol::Tcp(port) if port != 0 => Some(port),
+        Protocol::Tcp(port) => Some((true, port)),
+        Protocol::Udp(port) => Some((false, port)),
         _ => None,
     });
-    let (Some(ip), Some(port)) = (ip_of(address), port) else { return Ok(()) };
-    TcpListener::bind(SocketAddr::new(ip, port)).map(drop).map_err(|error| socket_error(address, &error))
-}
-
-fn socket_error(address: &Multiaddr, error: &io::Error) -> StartError {
-    let address = address.clone();
-    match error.kind() {
-        io::ErrorKind::AddrInUse => StartError::PortInUse { address },
-        io::ErrorKind::AddrNotAvailable => {
-            StartError::Listen { address, reason: "this machine has no such address".to_owned() }
-        }
-        io::ErrorKind::PermissionDenied => {
-            StartError::Listen { address, reason: "not allowed; ports below 1024 need privileges".to_owned() }
-        }
-        _ => StartError::Listen { address, reason: error.to_string() },
-    }
+    let (Some(ip), Some((is_tcp, port))) = (ip_of(address), port) else { return Ok(()) };
+    let socket = SocketAddr::new(ip, port);
+    let bound = if is_tcp { TcpListener::bind(socket).map(drop) } else { UdpSocket::bind(socket).map(drop) };
+    let reason = |text: &str| StartError::Listen { address: address.clone(), reason: text.to_owned() };
+    bound.map_err(|error| match error.kind() {
+        io::ErrorKind::AddrInUse => StartError::PortInUse { address: address.clone() },
+        io::ErrorKind::AddrNotAvailable => reason("this machine has no such address"),
+        io::ErrorKind::PermissionDenied => reason("not allowed; ports below 1024 need privileges"),
+        _ => reason(&error.to_string()),
+    })
 }
 
 fn listen_error(address: &Multiaddr, error: TransportError<io::Error>) -> StartError {
     match error {
         TransportError::MultiaddrNotSupported(_) => StartError::BadListenAddress { address: address.clone() },
-        TransportError::Other(error) => {
-            // The kind is in an inner error: libp2p wraps one transport's error in the next one's.
-            let mut inner: Option<&(dyn std::error::Error + 'static)> = Some(&error);
-            while let Some(cause) = inner {
-                if let Some(io) = cause.downcast_ref::<io::Error>().filter(|io| io.raw_os_error().is_some()) {
-                    return socket_error(address, io);
-                }
-                inner = cause.source();
-            }
-            if error.to_string().contains("in use") {
-                return StartError::PortInUse { address: address.clone() };
-            }
-            socket_error(address, &error)
-        }
+        TransportError::Other(error) => StartError::Listen { address: address.clone(), reason: error.to_string() },
     }
 }

@@ -14,11 +14,16 @@ use tokio::{sync::oneshot, time::Instant};
 use super::Driver;
 use crate::swarm::{
     announcement::{MAX_LIFETIME, set::Origin, unix_ms},
+    network::REPLICAS,
     records::{Accepted, Bearer},
 };
 
 /// How near a newcomer looks for its first few peers: enough for three disjoint paths to begin with, and a few requests.
 const INTRODUCTIONS: NonZeroUsize = NonZeroUsize::new(4).unwrap();
+
+/// Replicas that are united before a look-up ends. The last few only confirm, and over three disjoint paths finding them takes
+/// as many requests as the others together.
+const ENOUGH_REPLICAS: usize = REPLICAS.get() * 3 / 4;
 
 /// What a key holds, at all replicas that answered.
 #[derive(Debug, Default)]
@@ -34,7 +39,7 @@ pub(super) enum Query {
     Bootstrap { requests: usize, reply: oneshot::Sender<usize> },
     Introduce { reply: oneshot::Sender<usize> },
     Put { reply: oneshot::Sender<usize> },
-    Get { lookup: Lookup, last_news: Option<Instant>, reply: oneshot::Sender<Lookup> },
+    Get { lookup: Lookup, replicas: usize, last_news: Option<Instant>, reply: oneshot::Sender<Lookup> },
 }
 
 fn requests(stats: &QueryStats) -> usize {
@@ -76,7 +81,7 @@ impl Driver {
 
     pub(super) fn get(&mut self, key: RecordKey, reply: oneshot::Sender<Lookup>) {
         let id = self.swarm.behaviour_mut().kad.get_record(key);
-        self.queries.insert(id, Query::Get { lookup: Lookup::default(), last_news: None, reply });
+        self.queries.insert(id, Query::Get { lookup: Lookup::default(), replicas: 0, last_news: None, reply });
     }
 
     /// Ends look-ups to which nothing was added for a while: what is left are peers that don't answer.
@@ -108,18 +113,23 @@ impl Driver {
         let Some(query) = self.queries.get_mut(&id) else { return };
         match (query, result) {
             (Query::Bootstrap { requests: sum, .. }, _) => *sum += requests(stats),
-            (Query::Get { lookup, last_news, .. }, QueryResult::GetRecord(result)) => {
+            (Query::Get { lookup, replicas, last_news, .. }, QueryResult::GetRecord(result)) => {
+                lookup.requests = requests(stats);
                 if let Ok(GetRecordOk::FoundRecord(found)) = result {
+                    lookup.values.push(found.record.value);
                     if found.peer.is_some() {
+                        *replicas += 1;
                         *last_news = Some(Instant::now());
                     }
-                    lookup.values.push(found.record.value);
                 }
-                lookup.requests = requests(stats);
+                let is_enough = *replicas >= ENOUGH_REPLICAS;
+                if is_enough && let Some(mut running) = self.swarm.behaviour_mut().kad.query_mut(&id) {
+                    running.finish();
+                }
             }
             (Query::Put { .. }, QueryResult::PutRecord(result)) => {
                 let stored = match &result {
-                    Ok(_) => kad::K_VALUE.get(),
+                    Ok(_) => REPLICAS.get(),
                     Err(PutRecordError::QuorumFailed { success, .. } | PutRecordError::Timeout { success, .. }) => {
                         success.len()
                     }
