@@ -1,7 +1,7 @@
 //! What the network costs: decode speed through 1, 2 and 4 node processes on loopback, against the same engine in this
 //! process without any network, all in one run. Prints a table for the README.
 //!
-//! `cargo bench --bench overhead`; with `-- DIR` on another checkpoint than the demo's. The rounds alternate between the
+//! "Network a hop" is what a token takes longer than in one process, over the number of hops. `cargo bench --bench overhead`; with `-- DIR` on another checkpoint than the demo's. The rounds alternate between the
 //! settings, so that a machine whose speed drifts hurts all of them alike; figures are medians.
 
 use std::{
@@ -15,13 +15,12 @@ use std::{
 use helion::{
     client::{
         Client,
-        generation::{GenerationEvent, GenerationOptions},
         local_model::{EdgesChoice, LocalModel, ModelIdentity},
-        session::Patience,
+        session::{Patience, Step, Want},
     },
     engine::{DeviceChoice, Edges, Engine, EngineOptions, HiddenStates, Job, Keep, LaneRun},
     model::{Dtype, hub::HubOptions, source::ModelSource},
-    swarm::{Role, SwarmConfig, identity::Identity},
+    swarm::{Role, SwarmConfig, identity::Identity, ticket::SessionLimits},
 };
 
 const ROUNDS: usize = 7;
@@ -34,7 +33,8 @@ fn main() -> anyhow::Result<()> {
         .find(|arg| !arg.starts_with('-'))
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cli/demo/helion-tiny"), PathBuf::from);
     let runtime = tokio::runtime::Runtime::new()?;
-    runtime.block_on(run(&model))
+    // On a worker, as the command line runs its commands.
+    runtime.block_on(async move { tokio::spawn(async move { run(&model).await }).await? })
 }
 
 async fn run(model: &Path) -> anyhow::Result<()> {
@@ -66,16 +66,24 @@ async fn run(model: &Path) -> anyhow::Result<()> {
         }
     }
 
-    let base = median(&mut in_process);
+    let base = median(in_process.iter().copied());
     println!(
-        "| decode, {blocks} blocks, f32, one session | tokens/s | of the engine alone | network a hop and token |"
+        "| decode, {blocks} blocks, f32, one session | tokens/s | of the engine alone | a token | in the hops' engines | network a hop |"
     );
-    println!("|---|---|---|---|");
-    println!("| engine in this process, no network | {:.0} | 1.00 | |", 1.0 / base);
-    for (nodes, _, _, times) in &mut swarms {
-        let time = median(times);
-        let share = (time - base) / f64::from(*nodes) * 1e3;
-        println!("| {nodes} node(s) on loopback | {:.0} | {:.2} | {share:.3} ms |", 1.0 / time, base / time);
+    println!("|---|---|---|---|---|---|");
+    println!("| engine in this process, no network | {:.0} | 1.00 | {:.3} ms | | |", 1.0 / base, base * 1e3);
+    for (nodes, _, _, times) in &swarms {
+        let time = median(times.iter().map(|(token, _)| *token));
+        let engines = median(times.iter().map(|(_, engines)| *engines));
+        let share = (time - base) / f64::from(*nodes);
+        println!(
+            "| {nodes} node(s) on loopback | {:.0} | {:.2} | {:.3} ms | {:.3} ms | {:.3} ms |",
+            1.0 / time,
+            base / time,
+            time * 1e3,
+            engines * 1e3,
+            share * 1e3
+        );
     }
     Ok(())
 }
@@ -104,29 +112,46 @@ fn decode_in_process(engine: &Engine, edges: &Edges) -> Vec<f64> {
         cache = Some(back);
         let logits = edges.logits(&output.expect("the step fits").hidden).expect("rows of the model");
         position += input.len();
-        let best = (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).expect("a vocabulary");
-        input = vec![best as u32];
+        input = vec![likeliest(&logits)];
         times.push(last.elapsed().as_secs_f64());
         last = Instant::now();
     }
     times.split_off(1)
 }
 
-/// Seconds of every token after the first, through a swarm.
-async fn decode_through(client: &Client) -> anyhow::Result<Vec<f64>> {
-    let options = GenerationOptions { max_tokens: TOKENS, ignore_eos: true, ..GenerationOptions::default() };
-    let mut seen = Vec::new();
-    client
-        .generate(&PROMPT, &options, &mut |event| {
-            if matches!(event, GenerationEvent::Token { .. }) {
-                seen.push(Instant::now());
-            }
-        })
-        .await?;
-    Ok(seen.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64()).collect())
+/// Seconds of every token after the first, through a swarm: of the token, and of it in the engines of the hops.
+async fn decode_through(client: &Client) -> anyhow::Result<Vec<(f64, f64)>> {
+    let limits = SessionLimits { max_lanes: 1, max_tokens: 1024, max_in_flight: 4, max_step_tokens: 64 };
+    let (mut session, _) = client.open_session(limits, Duration::ZERO).await?;
+    let edges = client.model().edges();
+    let mut input = PROMPT.to_vec();
+    let mut position = 0;
+    let mut times = Vec::new();
+    let mut last = Instant::now();
+    for _ in 0..TOKENS {
+        session.send(Step {
+            lanes: vec![LaneRun { lane: 0, position, tokens: input.len() }],
+            hidden: edges.embed(&input, Dtype::F32)?,
+            want: Want::Last,
+            rope_length: None,
+        })?;
+        let answer = session.receive().await?;
+        let logits = edges.logits(&answer.hidden.expect("the last row was wanted"))?;
+        position += input.len();
+        input = vec![likeliest(&logits)];
+        let engines: Duration = answer.times.iter().map(|(queued, computed)| *queued + *computed).sum();
+        times.push((last.elapsed().as_secs_f64(), engines.as_secs_f64()));
+        last = Instant::now();
+    }
+    Ok(times.split_off(1))
 }
 
-fn median(times: &mut [f64]) -> f64 {
+fn likeliest(logits: &[f32]) -> u32 {
+    (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).expect("a vocabulary") as u32
+}
+
+fn median(times: impl Iterator<Item = f64>) -> f64 {
+    let mut times: Vec<f64> = times.collect();
     times.sort_by(f64::total_cmp);
     times[times.len() / 2]
 }

@@ -138,7 +138,13 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let result = runtime.block_on(cli.command.run());
+    // On a worker, so that a token that arrives there goes on without waking another thread.
+    let result = runtime.block_on(async {
+        match tokio::spawn(cli.command.run()).await {
+            Ok(result) => result,
+            Err(died) => Err(anyhow::anyhow!("a fault of this program: {died}")),
+        }
+    });
     // Nobody waits for tasks that hang in a look-up.
     runtime.shutdown_background();
     match result {

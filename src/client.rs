@@ -167,14 +167,15 @@ impl Client {
 
     /// Measures the round trip to every peer of the view, at once.
     pub async fn measure(&self, view: &mut SwarmView) {
-        let probes = view.peers.iter_mut().take(MOST_PROBED).map(|peer| async {
-            peer.rtt = self.probe(&peer.announcement).await;
-        });
-        future::join_all(probes).await;
+        let probes: Vec<_> =
+            view.peers.iter().take(MOST_PROBED).map(|peer| self.clone().probe(peer.announcement.clone())).collect();
+        for (peer, rtt) in view.peers.iter_mut().zip(future::join_all(probes).await) {
+            peer.rtt = rtt;
+        }
     }
 
     /// The round trip to a peer; `None` where it does not answer.
-    async fn probe(&self, announcement: &Announcement) -> Option<Duration> {
+    async fn probe(self, announcement: Announcement) -> Option<Duration> {
         let request = || rpc::Request {
             body: Some(rpc::request::Body::Probe(rpc::ProbeRequest { payload: Default::default() })),
         };

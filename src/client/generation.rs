@@ -305,10 +305,18 @@ impl Client {
         Ok(self.model().edges().embed(ids, session.wire_dtype())?)
     }
 
-    /// The head is arithmetic: the runtime is told, so that other tasks go on elsewhere.
+    /// The logits of an answer's rows. A large head is long arithmetic: then the runtime is told, so that other tasks go on
+    /// elsewhere. For a small one that would take longer than the head itself.
     fn logits(&self, answer: &StepAnswer) -> Result<Vec<f32>, ClientError> {
+        /// Multiplications that take about a millisecond.
+        const LONG: usize = 1 << 23;
         let Some(hidden) = &answer.hidden else { return Ok(Vec::new()) };
-        Ok(tokio::task::block_in_place(|| self.model().edges().logits(hidden))?)
+        let edges = self.model().edges();
+        let spec = self.model().spec();
+        if hidden.rows * spec.hidden_size * spec.vocab_size < LONG {
+            return Ok(edges.logits(hidden)?);
+        }
+        Ok(tokio::task::block_in_place(|| edges.logits(hidden))?)
     }
 }
 

@@ -22,7 +22,7 @@ use crate::{
     engine::{HiddenStates, LaneRun},
     model::Dtype,
     swarm::{
-        Frame, Link, LinkError,
+        Frame, Link, LinkError, Swarm,
         announcement::{Announcement, unix_ms},
         proto::{announcement, session as proto},
         ticket::{SessionId, SessionLimits, Ticket},
@@ -205,6 +205,17 @@ struct HopLink {
     link: Link,
 }
 
+impl HopLink {
+    async fn connect(swarm: Swarm, hop: RouteHop) -> Result<Self, SessionError> {
+        let RouteHop { announcement, blocks } = hop;
+        let peer = announcement.peer_id;
+        match swarm.link(peer, &announcement.addresses).await {
+            Ok(link) => Ok(Self { peer, blocks, link }),
+            Err(source) => Err(SessionError::Unreachable { peer, blocks, source }),
+        }
+    }
+}
+
 /// A step that was sent and not answered.
 struct Sent {
     number: u64,
@@ -233,16 +244,9 @@ impl Session {
     /// # Errors
     /// The first hop's refusal or loss that is noticed; the others are closed again.
     pub async fn open(client: &Client, route: &Route, limits: SessionLimits) -> Result<Self, SessionError> {
-        let swarm = client.swarm();
-        let links = future::try_join_all(route.hops.iter().map(|hop| async {
-            let peer = hop.announcement.peer_id;
-            let link = swarm
-                .link(peer, &hop.announcement.addresses)
-                .await
-                .map_err(|source| SessionError::Unreachable { peer, blocks: hop.blocks.clone(), source })?;
-            Ok(HopLink { peer, blocks: hop.blocks.clone(), link })
-        }))
-        .await?;
+        let links: Vec<_> =
+            route.hops.iter().map(|hop| HopLink::connect(client.swarm().clone(), hop.clone())).collect();
+        let links = future::try_join_all(links).await?;
 
         let id = SessionId::random();
         let mut session = Self {

@@ -26,7 +26,7 @@ use std::{
     sync::Arc,
 };
 
-use futures::{StreamExt, TryStreamExt};
+use futures::{FutureExt, StreamExt, TryStreamExt};
 use hf_hub::{HFRepository, RepoTypeModel};
 
 pub use self::error::HubError;
@@ -317,7 +317,8 @@ impl ModelFiles {
             }
             Some(_) => {}
         }
-        let fetches = files.iter().map(|file| self.fetch_file(file));
+        // Boxed one by one, or the compiler can't see that a task on any thread may wait for them.
+        let fetches: Vec<_> = files.iter().map(|file| self.fetch_file(file).boxed()).collect();
         futures::stream::iter(fetches).buffered(DOWNLOADS_AT_A_TIME).try_collect().await
     }
 
