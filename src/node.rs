@@ -177,7 +177,7 @@ pub enum NodeError {
     Died(String),
 }
 
-/// A node that serves. Dropping it without [`Node::leave`] leaves the announcement to expire.
+/// A node that serves. [`Node::leave`] ends it well; where it is dropped instead, its announcement is left to expire.
 pub struct Node {
     swarm: Swarm,
     sessions: Arc<Sessions>,
@@ -186,7 +186,8 @@ pub struct Node {
 }
 
 impl Node {
-    /// Joins, chooses, loads, announces. Returns when the node serves; `on_event` tells of the way there.
+    /// Joins, chooses, loads, announces. Returns when the node serves; `on_event` tells of the way there. Where `stop` comes
+    /// first, or something fails, the announcement is withdrawn; then, and only for `stop`, there is no node and no error.
     ///
     /// # Errors
     /// See [`NodeError`].
@@ -194,8 +195,9 @@ impl Node {
         source: ModelSource,
         options: NodeOptions,
         network: SwarmConfig,
-        on_event: Arc<dyn Fn(NodeEvent) + Send + Sync>,
-    ) -> Result<Self, NodeError> {
+        on_event: OnEvent,
+        stop: impl Future<Output = ()> + Send,
+    ) -> Result<Option<Self>, NodeError> {
         let blocks = source.spec().num_blocks();
         if let BlockChoice::Exactly(asked) = &options.blocks
             && (asked.is_empty() || asked.end > blocks)
@@ -204,54 +206,24 @@ impl Node {
         }
         let sessions = Sessions::new(options.sessions);
         let swarm = Swarm::start(network, Arc::new(NodeService(sessions.clone()))).await?;
-        match join(&swarm, options.beginning, options.join_timeout).await? {
-            0 => on_event(NodeEvent::NewSwarm),
-            peers => on_event(NodeEvent::Joined { peers }),
+        let serving = tokio::select! {
+            serving = begin(&swarm, &sessions, source, options, on_event) => serving.map(Some),
+            () = stop => Ok(None),
+        };
+        match serving {
+            Ok(Some(Serving { span, engine, announcement })) => {
+                let tasks = vec![
+                    tokio::spawn(keep_announced(swarm.clone(), engine, announcement)),
+                    tokio::spawn(keep_swept(sessions.clone())),
+                ];
+                Ok(Some(Self { swarm, sessions, span, tasks }))
+            }
+            other => {
+                swarm.withdraw().await;
+                swarm.stop().await;
+                other.map(|_| None)
+            }
         }
-
-        let dtype = options.dtype.unwrap_or(source.spec().stored_dtype);
-        let span = choose_blocks(&swarm, &source, &options, dtype).await?;
-        on_event(NodeEvent::Chose { span: span.clone(), of: blocks });
-        let mut announcement = announcement(&swarm, &options, &span, dtype, blocks);
-        swarm.announce(announcement.clone()).await?;
-
-        let checkpoint = source.fetch_blocks(span.clone()).await?;
-        let engine_options = EngineOptions {
-            device: options.device,
-            cache_tokens: options.cache_tokens,
-            ..EngineOptions::new(span.clone(), dtype)
-        };
-        let progress = on_event.clone();
-        let engine = tokio::task::spawn_blocking(move || {
-            Engine::load(&checkpoint, engine_options, &mut |done, of| progress(NodeEvent::Loading { done, of }))
-        })
-        .await
-        .map_err(|error| NodeError::Died(error.to_string()))??;
-        let measured = engine.clone();
-        let tokens_per_second = tokio::task::spawn_blocking(move || measure(&measured))
-            .await
-            .map_err(|error| NodeError::Died(error.to_string()))?;
-
-        let hosted = Hosted {
-            peer: swarm.peer_id(),
-            dht_prefix: options.dht_prefix,
-            fingerprint: options.fingerprint,
-            span: span.clone(),
-            hidden: engine.spec().hidden_size,
-        };
-        let loaded_bytes = engine.loaded_bytes();
-        sessions.serve(Host { engine: engine.clone(), swarm: swarm.clone(), hosted });
-        announcement.state = State::Online;
-        announcement.compute_tokens_per_second = tokens_per_second;
-        update_load(&mut announcement, &engine);
-        swarm.announce(announcement.clone()).await?;
-        on_event(NodeEvent::Online { loaded_bytes, tokens_per_second });
-
-        let tasks = vec![
-            tokio::spawn(keep_announced(swarm.clone(), engine, announcement)),
-            tokio::spawn(keep_swept(sessions.clone())),
-        ];
-        Ok(Self { swarm, sessions, span, tasks })
     }
 
     /// The network.
@@ -271,13 +243,79 @@ impl Node {
 
     /// Leaves on purpose: tells the sessions' clients, withdraws the announcement, stops the network.
     pub async fn leave(self) {
-        for task in &self.tasks {
-            task.abort();
-        }
+        self.tasks.iter().for_each(tokio::task::JoinHandle::abort);
         self.sessions.leave();
         self.swarm.withdraw().await;
         self.swarm.stop().await;
     }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+}
+
+/// Told what a node is doing.
+pub type OnEvent = Arc<dyn Fn(NodeEvent) + Send + Sync>;
+
+/// A node that came to serve.
+struct Serving {
+    span: Range<usize>,
+    engine: Engine,
+    announcement: Announcement,
+}
+
+/// The way to serving: join, choose, announce, load, measure, announce.
+async fn begin(
+    swarm: &Swarm,
+    sessions: &Sessions,
+    source: ModelSource,
+    options: NodeOptions,
+    on_event: OnEvent,
+) -> Result<Serving, NodeError> {
+    let blocks = source.spec().num_blocks();
+    match join(swarm, options.beginning, options.join_timeout).await? {
+        0 => on_event(NodeEvent::NewSwarm),
+        peers => on_event(NodeEvent::Joined { peers }),
+    }
+    let dtype = options.dtype.unwrap_or(source.spec().stored_dtype);
+    let span = choose_blocks(swarm, &source, &options, dtype).await?;
+    on_event(NodeEvent::Chose { span: span.clone(), of: blocks });
+    let mut announcement = announcement(swarm, &options, &span, dtype, blocks);
+    swarm.announce(announcement.clone()).await?;
+
+    let checkpoint = source.fetch_blocks(span.clone()).await?;
+    let engine_options = EngineOptions {
+        device: options.device,
+        cache_tokens: options.cache_tokens,
+        // A session has one step in the engine at the most.
+        queue: options.sessions.max_sessions,
+        ..EngineOptions::new(span.clone(), dtype)
+    };
+    let progress = on_event.clone();
+    let died = |error: tokio::task::JoinError| NodeError::Died(error.to_string());
+    let loading = tokio::task::spawn_blocking(move || {
+        Engine::load(&checkpoint, engine_options, &mut |done, of| progress(NodeEvent::Loading { done, of }))
+    });
+    let engine = loading.await.map_err(died)??;
+    let measured = engine.clone();
+    let tokens_per_second = tokio::task::spawn_blocking(move || measure(&measured)).await.map_err(died)?;
+
+    let hosted = Hosted {
+        peer: swarm.peer_id(),
+        dht_prefix: options.dht_prefix,
+        fingerprint: options.fingerprint,
+        span: span.clone(),
+        hidden: engine.spec().hidden_size,
+    };
+    sessions.serve(Host { engine: engine.clone(), swarm: swarm.clone(), hosted });
+    announcement.state = State::Online;
+    announcement.compute_tokens_per_second = tokens_per_second;
+    update_load(&mut announcement, &engine);
+    swarm.announce(announcement.clone()).await?;
+    on_event(NodeEvent::Online { loaded_bytes: engine.loaded_bytes(), tokens_per_second });
+    Ok(Serving { span, engine, announcement })
 }
 
 /// Joins the DHT. Returns how many peers are known: 0 where a new swarm begins.

@@ -207,10 +207,10 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         ),
     });
     let stop = args.listen.stop_requested();
-    let node = tokio::select! {
-        node = Node::start(source, options, network, on_event) => node?,
-        stopped = args.listen.stop_requested() => return stopped,
-    };
+    let mut stop = std::pin::pin!(stop);
+    let mut stopped = Ok(());
+    let stop_early = async { stopped = stop.as_mut().await };
+    let Some(node) = Node::start(source, options, network, on_event, stop_early).await? else { return stopped };
     let span = node.span();
     println!("serving blocks {}:{} of {model} as {}", span.start, span.end, node.swarm().peer_id());
     print_addresses(node.swarm());

@@ -27,11 +27,13 @@ pub struct Refusal {
     pub code: proto::Code,
     /// What is wrong, with the values, and the way out.
     pub message: String,
+    /// The other peer that it is about.
+    pub about: Option<PeerId>,
 }
 
 impl Refusal {
     pub(crate) fn new(code: proto::Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into() }
+        Self { code, message: message.into(), about: None }
     }
 }
 
@@ -110,9 +112,18 @@ impl Hosted {
                 Code::BadTicket,
                 format!("the announcement is {}'s, and the ticket's next hop is {}", next.peer_id, ticket.downstream),
             )),
-            Some(next) if next.dht_prefix != self.dht_prefix => Err(Refusal::new(
+            Some(next) if next.dht_prefix != self.dht_prefix || Fingerprint(next.fingerprint) != self.fingerprint => {
+                Err(Refusal::new(
+                    Code::BadTicket,
+                    format!("the next hop {} serves another model: {}", next.peer_id, next.dht_prefix),
+                ))
+            }
+            Some(next) if !next.span.contains(&ticket.blocks.end) => Err(Refusal::new(
                 Code::BadTicket,
-                format!("the next hop {} serves {}, not {}", next.peer_id, next.dht_prefix, self.dht_prefix),
+                format!(
+                    "the next hop {} serves {}:{}, and block {} is next",
+                    next.peer_id, next.span.start, next.span.end, ticket.blocks.end
+                ),
             )),
             Some(_) => Ok(()),
             None => Err(Refusal::new(
@@ -269,6 +280,25 @@ mod tests {
         chained.downstream = peer();
         let refusal = hosted.check_ticket(&chained, good.client, None).unwrap_err();
         assert!(refusal.message.contains("announcement is missing"), "{refusal}");
+
+        // The next hop must serve the block that comes next, of the same model.
+        let next = Announcement {
+            dht_prefix: "tiny".to_owned(),
+            fingerprint: [1; 32],
+            model_blocks: 9,
+            span: 6..9,
+            ..Announcement::blank(chained.downstream)
+        };
+        assert_eq!(hosted.check_ticket(&chained, good.client, Some(&next)), Ok(()));
+        for wrong in [
+            Announcement { span: 7..9, ..next.clone() },
+            Announcement { fingerprint: [2; 32], ..next.clone() },
+            Announcement { dht_prefix: "other".to_owned(), ..next.clone() },
+            Announcement { peer_id: peer(), ..next.clone() },
+        ] {
+            let refusal = hosted.check_ticket(&chained, good.client, Some(&wrong)).unwrap_err();
+            assert_eq!(refusal.code, proto::Code::BadTicket, "{refusal}");
+        }
     }
 
     fn step(rows: u32, lanes: &[(u32, u64, u32)]) -> proto::Step {

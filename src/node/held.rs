@@ -5,39 +5,56 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering},
 };
 
-/// How many bytes may be held, and how many are.
+/// How many bytes may be held, and how many are: of a node, of one of its clients, or of one session. What is held counts in
+/// all that contain it.
 #[derive(Debug, Clone)]
-pub(crate) struct HeldBytes {
-    held: Arc<AtomicUsize>,
+pub(crate) struct HeldBytes(Arc<Budget>);
+
+#[derive(Debug)]
+struct Budget {
+    held: AtomicUsize,
     most: usize,
+    within: Option<HeldBytes>,
 }
 
 /// The right to hold some bytes; dropping it gives them back.
 #[derive(Debug)]
 pub(crate) struct HeldPermit {
-    held: Arc<AtomicUsize>,
+    budget: HeldBytes,
     bytes: usize,
+    _within: Option<Box<HeldPermit>>,
 }
 
 impl HeldBytes {
     pub(crate) fn new(most: usize) -> Self {
-        Self { held: Arc::default(), most }
+        Self(Arc::new(Budget { held: AtomicUsize::new(0), most, within: None }))
+    }
+
+    /// A part of this one that may be used up by `1 / parts` of it.
+    pub(crate) fn share(&self, parts: usize) -> Self {
+        let most = self.0.most / parts;
+        Self(Arc::new(Budget { held: AtomicUsize::new(0), most, within: Some(self.clone()) }))
     }
 
     /// Room for `bytes`, or `None` where they would be too many.
     pub(crate) fn take(&self, bytes: usize) -> Option<HeldPermit> {
-        self.held
+        let within = match &self.0.within {
+            Some(outer) => Some(Box::new(outer.take(bytes)?)),
+            None => None,
+        };
+        self.0
+            .held
             .try_update(Ordering::Relaxed, Ordering::Relaxed, |held| {
-                held.checked_add(bytes).filter(|sum| *sum <= self.most)
+                held.checked_add(bytes).filter(|sum| *sum <= self.0.most)
             })
             .ok()?;
-        Some(HeldPermit { held: self.held.clone(), bytes })
+        Some(HeldPermit { budget: self.clone(), bytes, _within: within })
     }
 }
 
 impl Drop for HeldPermit {
     fn drop(&mut self) {
-        self.held.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.budget.0.held.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
@@ -53,5 +70,18 @@ mod tests {
         assert!(held.take(usize::MAX).is_none());
         drop(first);
         assert!(held.take(10).is_some());
+    }
+
+    #[test]
+    fn a_share_is_a_part_and_counts_in_the_whole() {
+        let node = HeldBytes::new(8);
+        let (one, other) = (node.share(2), node.share(2));
+        assert!(one.take(5).is_none());
+        let held = one.take(4).unwrap();
+        assert!(one.take(1).is_none(), "the share is used up");
+        let rest = other.take(4).unwrap();
+        assert!(node.take(1).is_none(), "the whole is used up");
+        drop((held, rest));
+        assert!(node.take(8).is_some(), "a refused share leaves nothing behind");
     }
 }

@@ -70,7 +70,8 @@ pub struct StepLog<S, R> {
     failed: bool,
     credit: u64,
     applied: u64,
-    running: bool,
+    /// The epoch in which the step that is being computed arrived.
+    running: Option<u64>,
     held: BTreeMap<u64, S>,
     kept: BTreeMap<u64, R>,
 }
@@ -83,7 +84,7 @@ impl<S, R: Clone> StepLog<S, R> {
             failed: false,
             credit: u64::from(credit),
             applied: 0,
-            running: false,
+            running: None,
             held: BTreeMap::new(),
             kept: BTreeMap::new(),
         }
@@ -101,7 +102,12 @@ impl<S, R: Clone> StepLog<S, R> {
 
     /// Whether a step is being computed.
     pub fn is_running(&self) -> bool {
-        self.running
+        self.running.is_some()
+    }
+
+    /// Whether the step that is being computed came by a route that was given up since.
+    pub fn is_of_old_route(&self) -> bool {
+        self.running.is_some_and(|epoch| epoch < self.epoch)
     }
 
     /// Takes a step that arrived from the peer whose steps count.
@@ -128,35 +134,50 @@ impl<S, R: Clone> StepLog<S, R> {
         if ahead > self.credit {
             return Arrival::Refused(Refused::BeyondCredit { number, applied: self.applied, credit: self.credit });
         }
-        if self.held.contains_key(&number) || (self.running && ahead == 1) {
+        if self.held.contains_key(&number) || (self.running == Some(epoch) && ahead == 1) {
             return Arrival::Ignored(Ignored::UnderWay);
         }
-        if ahead == 1 {
-            self.running = true;
+        if ahead == 1 && self.running.is_none() {
+            self.running = Some(epoch);
             return Arrival::Run(step);
         }
+        // Its turn may come: behind another step, or because the same step of the old route fails.
         self.held.insert(number, step);
         Arrival::Held
     }
 
-    /// The running step was applied in `epoch`; keeps its reply for retries. Returns the next step to run, if it is there.
-    /// A result of an older epoch counts as applied, and its reply is kept, but what was held behind it is gone.
+    /// The running step was applied; keeps its reply for retries. Returns the next step to run, if it is there.
+    ///
+    /// A step of an older epoch counts as well: its number says that it is the same one.
     pub fn applied(&mut self, reply: R) -> Option<S> {
         self.applied += 1;
+        self.held.remove(&self.applied);
         self.kept.insert(self.applied, reply);
         // A client that never confirms keeps no more than its credit.
         while self.kept.len() as u64 > self.credit {
             self.kept.pop_first();
         }
+        self.start_next()
+    }
+
+    /// The running step failed and was not applied: the rest of its epoch is ignored. Returns the step to run instead, where
+    /// the session has a newer route since.
+    pub fn failed(&mut self) -> Option<S> {
+        if self.running.take() == Some(self.epoch) {
+            self.fail_epoch();
+        }
+        self.start_next()
+    }
+
+    fn start_next(&mut self) -> Option<S> {
         let next = self.held.remove(&(self.applied + 1));
-        self.running = next.is_some();
+        self.running = next.is_some().then_some(self.epoch);
         next
     }
 
-    /// The running step failed and was not applied: the rest of this epoch is ignored.
-    pub fn failed(&mut self) {
-        self.running = false;
-        self.fail_epoch();
+    /// Forgets the oldest kept reply, to make room. False where none is kept.
+    pub fn forget_oldest(&mut self) -> bool {
+        self.kept.pop_first().is_some()
     }
 
     /// The route failed: the rest of this epoch is ignored.
@@ -230,11 +251,29 @@ mod tests {
         let mut log = Log::new(1, 3);
         run(&mut log, 1);
         assert_eq!(log.arrive(1, 2, 2), Arrival::Held);
-        log.failed();
+        assert_eq!(log.failed(), None);
         assert_eq!(log.arrive(1, 1, 1), Arrival::Ignored(Ignored::EpochFailed));
         assert_eq!(log.last_applied(), 0);
         log.reopen(2);
         assert_eq!(log.arrive(2, 1, 1), Arrival::Run(1));
+    }
+
+    #[test]
+    fn a_step_of_an_old_route_does_not_fail_the_new_one() {
+        for old_one_fails in [true, false] {
+            let mut log = Log::new(1, 3);
+            run(&mut log, 1);
+            log.reopen(2);
+            assert_eq!(log.arrive(2, 1, 100), Arrival::Held);
+            assert_eq!(log.arrive(2, 1, 100), Arrival::Ignored(Ignored::UnderWay));
+            assert_eq!(log.arrive(2, 2, 200), Arrival::Held);
+            if old_one_fails {
+                assert_eq!(log.failed(), Some(100));
+                assert_eq!(log.applied(10), Some(200));
+            } else {
+                assert_eq!(log.applied(10), Some(200));
+            }
+        }
     }
 
     #[test]

@@ -18,11 +18,11 @@ use libp2p::PeerId;
 
 use super::{
     border::{self, Refusal},
-    held::HeldPermit,
+    held::{HeldBytes, HeldPermit},
     log::{Arrival, StepLog},
 };
 use crate::{
-    engine::{Cache, Engine, Job, Place, StepError, StepOutput},
+    engine::{Cache, Engine, HiddenStates, Job, LaneRun, Place, StepError, StepOutput},
     swarm::{
         Frame, Link, SendError,
         proto::{announcement, session as proto},
@@ -38,13 +38,18 @@ pub(crate) struct Pending {
     pub(crate) permit: HeldPermit,
 }
 
-/// What a step's output was sent on as; kept for retries until the client confirms it.
+/// An applied step and its output; kept for retries until the client confirms it. What it is sent on as is decided when it
+/// is sent: a newer route may lead elsewhere.
 #[derive(Debug, Clone)]
 struct Reply {
-    body: proto::frame::Body,
-    payload: Bytes,
+    /// As it came, with this hop's time.
+    step: proto::Step,
+    output: HiddenStates,
     _permit: Arc<HeldPermit>,
 }
+
+/// One session may hold this part of what its client may.
+const SESSIONS_PER_CLIENT_SHARE: usize = 4;
 
 /// A session on this hop. Dropping the last handle gives its pages back.
 pub(crate) struct HopSession {
@@ -52,8 +57,18 @@ pub(crate) struct HopSession {
     client: PeerId,
     engine: Engine,
     step_deadline: Duration,
+    held: HeldBytes,
     cancelled: Arc<AtomicBool>,
     inner: Mutex<Inner>,
+}
+
+/// What a session needs of its node.
+pub(crate) struct Means {
+    pub(crate) engine: Engine,
+    /// How long a step may wait for its turn and for KV pages.
+    pub(crate) step_deadline: Duration,
+    /// The client's share of the bytes that the node may hold.
+    pub(crate) held: HeldBytes,
 }
 
 struct Inner {
@@ -78,29 +93,38 @@ pub(crate) struct Links {
 struct Report {
     code: proto::Code,
     blame: proto::Blame,
+    /// The step that it is about; 0 where it is about none.
     number: u64,
+    maybe_applied: bool,
     /// The other peer that it is about.
     about: Option<PeerId>,
     message: String,
 }
 
-/// The sender of a step is not the one that the ticket names.
-pub(crate) struct NotUpstream;
+impl Report {
+    /// About no step and no other peer, and nothing was applied.
+    fn new(code: proto::Code, blame: proto::Blame, message: String) -> Self {
+        Self { code, blame, number: 0, maybe_applied: false, about: None, message }
+    }
+}
+
+/// Why a step was not even looked at.
+pub(crate) enum NotTaken {
+    /// The sender is not the one that the ticket names.
+    NotUpstream,
+    /// Too much is held already.
+    NoRoom,
+}
 
 impl HopSession {
-    pub(crate) fn new(
-        ticket: Ticket,
-        links: Links,
-        engine: Engine,
-        step_deadline: Duration,
-        now: Instant,
-    ) -> Result<Self, StepError> {
-        let cache = engine.cache(ticket.blocks.clone())?;
+    pub(crate) fn new(ticket: Ticket, links: Links, means: Means, now: Instant) -> Result<Self, StepError> {
+        let cache = means.engine.cache(ticket.blocks.clone())?;
         Ok(Self {
             id: ticket.session,
             client: ticket.client,
-            engine,
-            step_deadline,
+            engine: means.engine,
+            step_deadline: means.step_deadline,
+            held: means.held.share(SESSIONS_PER_CLIENT_SHARE),
             cancelled: Arc::default(),
             inner: Mutex::new(Inner {
                 log: StepLog::new(ticket.epoch, ticket.limits.max_in_flight),
@@ -112,10 +136,6 @@ impl HopSession {
                 last_used: now,
             }),
         })
-    }
-
-    pub(crate) fn client(&self) -> PeerId {
-        self.client
     }
 
     /// A panic elsewhere can't leave the state half changed: every change is made in one go, under the lock.
@@ -156,27 +176,38 @@ impl HopSession {
         self: &Arc<Self>,
         link: &Link,
         epoch: u64,
-        pending: Pending,
+        arrived: (proto::Step, Bytes),
         now: Instant,
-    ) -> Result<(), NotUpstream> {
+    ) -> Result<(), NotTaken> {
+        let (step, payload) = arrived;
         let mut inner = self.lock();
         if link.peer() != inner.ticket.upstream {
-            return Err(NotUpstream);
+            return Err(NotTaken::NotUpstream);
         }
-        inner.last_used = now;
-        let number = pending.step.number;
+        let number = step.number;
         if epoch == inner.log.epoch() {
-            inner.log.confirm(pending.step.confirmed);
+            inner.log.confirm(step.confirmed);
         }
-        match inner.log.arrive(epoch, number, pending) {
-            Arrival::Run(pending) => self.run(inner, pending),
-            Arrival::Held => {}
-            Arrival::Again(reply) => self.deliver(&mut inner, number, reply),
+        // What is kept for retries goes before a new step is refused.
+        let permit = loop {
+            match self.held.take(payload.len()) {
+                Some(permit) => break permit,
+                None if inner.log.forget_oldest() => {}
+                None => return Err(NotTaken::NoRoom),
+            }
+        };
+        match inner.log.arrive(epoch, number, Pending { step, payload, permit }) {
+            Arrival::Run(pending) => {
+                inner.last_used = now;
+                self.run(inner, pending);
+            }
+            Arrival::Held => inner.last_used = now,
+            Arrival::Again(reply) => self.deliver(&mut inner, reply),
             Arrival::Ignored(why) => tracing::debug!(session = %self.id, number, ?why, "step ignored"),
             Arrival::Refused(why) => {
                 inner.log.fail_epoch();
                 let (code, blame) = (proto::Code::WrongStep, proto::Blame::Client);
-                self.fault(&inner, Report { code, blame, number, about: None, message: why.to_string() });
+                self.fault(&inner, Report { number, ..Report::new(code, blame, why.to_string()) });
             }
         }
         Ok(())
@@ -189,24 +220,28 @@ impl HopSession {
         let checked = match border::check_step(&inner.ticket, hidden, &step, payload) {
             Ok(checked) => checked,
             Err(refusal) => {
-                inner.log.failed();
                 // The first hop hears the client; behind it a wrong shape is the work of the hop before.
                 let blame =
                     if inner.ticket.upstream == self.client { proto::Blame::Client } else { proto::Blame::Upstream };
-                let Refusal { code, message } = refusal;
-                self.fault(&inner, Report { code, blame, number: step.number, about: None, message });
-                return;
+                let report = Report { number: step.number, ..Report::new(refusal.code, blame, refusal.message) };
+                return self.step_failed(inner, report);
             }
         };
         let Some(cache) = inner.cache.take() else {
             // The log runs one step at a time and the cache comes back before the log hears of it, so this can't happen;
             // if it does, the session fails instead of the node.
-            inner.log.failed();
-            let (code, blame) = (proto::Code::Internal, proto::Blame::Hop);
             let message = "the session's KV cache is away".to_owned();
-            self.fault(&inner, Report { code, blame, number: step.number, about: None, message });
-            return;
+            let report = Report::new(proto::Code::Internal, proto::Blame::Hop, message);
+            return self.step_failed(inner, Report { number: step.number, ..report });
         };
+        let tokens = tokens_after(&inner.ticket, &cache, &checked.lanes);
+        if tokens > inner.ticket.limits.max_tokens {
+            let most = inner.ticket.limits.max_tokens;
+            let message = format!("the session would grow to {tokens} tokens, and the ticket allows {most}");
+            let report = Report::new(proto::Code::TooLarge, proto::Blame::Client, message);
+            inner.cache = Some(cache);
+            return self.step_failed(inner, Report { number: step.number, ..report });
+        }
         let last_hop = inner.downstream.is_none();
         drop(inner); // the engine may refuse at once, on this thread
         let session = self.clone();
@@ -239,26 +274,51 @@ impl HopSession {
         let number = step.number;
         match result {
             Ok(output) => {
-                let reply = reply(&inner, step, output, permit);
+                let mut step = step;
+                step.times
+                    .push(proto::HopTime { queue_us: micros(output.queued), compute_us: micros(output.computed) });
+                let reply = Reply { step, output: output.hidden, _permit: Arc::new(permit) };
                 let next = inner.log.applied(reply.clone());
-                self.deliver(&mut inner, number, reply);
+                self.deliver(&mut inner, reply);
                 if let Some(next) = next {
                     self.run(inner, next);
                 }
             }
             Err(error) => {
-                inner.log.failed();
                 let (code, blame) = classify(&error);
                 tracing::debug!(session = %self.id, number, %error, "step failed");
-                self.fault(&inner, Report { code, blame, number, about: None, message: error.to_string() });
+                let report = Report::new(code, blame, error.to_string());
+                self.step_failed(inner, Report { number, maybe_applied: error.maybe_applied(), ..report });
             }
         }
     }
 
-    /// Sends an output to where the ticket says.
-    fn deliver(&self, inner: &mut Inner, number: u64, reply: Reply) {
-        let link = inner.downstream.as_ref().unwrap_or(&inner.control);
-        let frame = Frame { header: self.header(inner.log.epoch(), reply.body), payload: reply.payload };
+    /// The running step failed. Its client is told, unless the step was of a route that is given up already.
+    fn step_failed(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>, report: Report) {
+        let of_old_route = inner.log.is_of_old_route();
+        let next = inner.log.failed();
+        if !of_old_route {
+            self.fault(&inner, report);
+        }
+        if let Some(next) = next {
+            self.run(inner, next);
+        }
+    }
+
+    /// Sends an output to where the ticket says: as a step to the next hop, as an output to the client.
+    fn deliver(&self, inner: &mut Inner, reply: Reply) {
+        let Reply { step, output, .. } = reply;
+        let number = step.number;
+        let tensor = (output.rows > 0).then(|| proto::Tensor {
+            dtype: announcement::Dtype::from(output.dtype).into(),
+            rows: output.rows as u32,
+            hidden: output.hidden as u32,
+        });
+        let (link, body) = match &inner.downstream {
+            Some(next) => (next, proto::frame::Body::Step(proto::Step { tensor, ..step })),
+            None => (&inner.control, proto::frame::Body::Output(proto::Output { number, tensor, times: step.times })),
+        };
+        let frame = Frame { header: self.header(inner.log.epoch(), body), payload: output.bytes };
         let Err(error) = link.send(frame) else { return };
         let peer = link.peer();
         if peer == self.client {
@@ -285,9 +345,10 @@ impl HopSession {
     }
 
     /// The next hop answered with an error of its own (it doesn't know the client): passes it to the client.
-    pub(crate) fn downstream_fault(&self, link: &Link, fault: &proto::Fault) {
+    pub(crate) fn downstream_fault(&self, link: &Link, epoch: u64, fault: &proto::Fault) {
         let mut inner = self.lock();
-        if inner.downstream.as_ref().is_none_or(|downstream| downstream.id() != link.id()) {
+        let is_next = inner.downstream.as_ref().is_some_and(|downstream| downstream.id() == link.id());
+        if !is_next || epoch != inner.log.epoch() {
             return;
         }
         let message = format!("the next hop refuses: {}", fault.message);
@@ -312,9 +373,7 @@ impl HopSession {
     /// Tells the client why the session ends here.
     pub(crate) fn tell_leaving(&self, code: proto::Code, message: &str) {
         let inner = self.lock();
-        let number = inner.log.last_applied();
-        let blame = proto::Blame::Nobody;
-        self.fault(&inner, Report { code, blame, number, about: None, message: message.to_owned() });
+        self.fault(&inner, Report::new(code, proto::Blame::Nobody, message.to_owned()));
     }
 
     fn fault(&self, inner: &Inner, report: Report) {
@@ -322,7 +381,7 @@ impl HopSession {
         let fault = proto::Fault {
             code: report.code.into(),
             blame: report.blame.into(),
-            maybe_applied: report.number <= inner.log.last_applied(),
+            maybe_applied: report.maybe_applied,
             number: report.number,
             peer: report.about.map(|peer| peer.to_bytes().into()).unwrap_or_default(),
             message: report.message,
@@ -336,8 +395,10 @@ impl HopSession {
     /// The route behind this hop is broken: nothing of this epoch goes on.
     fn downstream_lost(&self, inner: &mut Inner, code: proto::Code, peer: PeerId, message: String) {
         inner.log.fail_epoch();
-        let number = inner.log.last_applied();
-        self.fault(inner, Report { code, blame: proto::Blame::Downstream, number, about: Some(peer), message });
+        let report = Report::new(code, proto::Blame::Downstream, message);
+        // What was sent on may have arrived.
+        let maybe_applied = inner.log.last_applied() > 0;
+        self.fault(inner, Report { maybe_applied, about: Some(peer), ..report });
     }
 
     fn header(&self, epoch: u64, body: proto::frame::Body) -> proto::Frame {
@@ -345,23 +406,17 @@ impl HopSession {
     }
 }
 
-/// What a computed step is sent on as: a step for the next hop, an output for the client.
-fn reply(inner: &Inner, step: proto::Step, output: StepOutput, permit: HeldPermit) -> Reply {
-    let micros = |time: Duration| u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
-    let mut times = step.times;
-    times.push(proto::HopTime { queue_us: micros(output.queued), compute_us: micros(output.computed) });
-    let hidden = output.hidden;
-    let tensor = (hidden.rows > 0).then(|| proto::Tensor {
-        dtype: announcement::Dtype::from(hidden.dtype).into(),
-        rows: hidden.rows as u32,
-        hidden: hidden.hidden as u32,
-    });
-    let body = if inner.downstream.is_some() {
-        proto::frame::Body::Step(proto::Step { tensor, times, ..step })
-    } else {
-        proto::frame::Body::Output(proto::Output { number: step.number, tensor, times })
+/// Tokens of all lanes after a step.
+fn tokens_after(ticket: &Ticket, cache: &Cache, runs: &[LaneRun]) -> u64 {
+    let end = |lane: u32| match runs.iter().find(|run| run.lane == lane) {
+        Some(run) => run.position + run.tokens,
+        None => cache.end(lane),
     };
-    Reply { body, payload: hidden.bytes, _permit: Arc::new(permit) }
+    (0..ticket.limits.max_lanes).map(|lane| end(lane) as u64).sum()
+}
+
+fn micros(time: Duration) -> u32 {
+    u32::try_from(time.as_micros()).unwrap_or(u32::MAX)
 }
 
 /// Whose fault an engine's error is, and what the client is told.

@@ -4,10 +4,10 @@
 //! and changes nothing.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -19,7 +19,7 @@ use libp2p::PeerId;
 use super::{
     border::{Hosted, Refusal},
     held::HeldBytes,
-    session::{HopSession, Links, NotUpstream, Pending},
+    session::{HopSession, Links, Means, NotTaken},
 };
 use crate::{
     engine::Engine,
@@ -71,14 +71,27 @@ pub(crate) struct Host {
     pub(crate) hosted: Hosted,
 }
 
+/// One client may hold this part of what the node may.
+const CLIENTS_SHARE: usize = 2;
+
+/// A session's place on the node. It is taken before the opening waits for anything, so that a close finds it, and so that
+/// openings count.
+struct Slot {
+    client: PeerId,
+    /// Of the client's share of what may be held.
+    held: HeldBytes,
+    /// `None` until the first opening is done.
+    session: Option<Arc<HopSession>>,
+    opening: bool,
+}
+
 /// A node's sessions. See the module's docs.
 pub struct Sessions {
     settings: SessionSettings,
     host: OnceLock<Host>,
     leaving: AtomicBool,
     held: HeldBytes,
-    sessions: Mutex<HashMap<SessionId, Arc<HopSession>>>,
-    opening: AtomicU32,
+    sessions: Mutex<HashMap<SessionId, Slot>>,
     steps: AtomicU64,
     refused: AtomicU64,
 }
@@ -92,7 +105,6 @@ impl Sessions {
             leaving: AtomicBool::new(false),
             held: HeldBytes::new(settings.held_bytes),
             sessions: Mutex::default(),
-            opening: AtomicU32::new(0),
             steps: AtomicU64::new(0),
             refused: AtomicU64::new(0),
         })
@@ -123,13 +135,13 @@ impl Sessions {
         let over: Vec<_> = self
             .lock()
             .iter()
-            .filter_map(|(id, session)| {
-                let why = session.is_over(now, self.settings.reconnect_grace, self.settings.idle)?;
+            .filter_map(|(id, slot)| {
+                let why = slot.session.as_ref()?.is_over(now, self.settings.reconnect_grace, self.settings.idle)?;
                 Some((*id, why))
             })
             .collect();
         for (id, why) in over {
-            if let Some(session) = self.lock().remove(&id) {
+            if let Some(session) = self.lock().remove(&id).and_then(|slot| slot.session) {
                 tracing::info!(session = %id, "closing a session: {why}");
                 session.tell_leaving(proto::Code::UnknownSession, &format!("the session was closed: {why}"));
                 session.close();
@@ -138,16 +150,16 @@ impl Sessions {
     }
 
     /// The map is changed in single operations, so a panic elsewhere can't leave it half changed.
-    fn lock(&self) -> MutexGuard<'_, HashMap<SessionId, Arc<HopSession>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<SessionId, Slot>> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn all(&self) -> Vec<Arc<HopSession>> {
-        self.lock().values().cloned().collect()
+        self.lock().values().filter_map(|slot| slot.session.clone()).collect()
     }
 
     fn get(&self, id: SessionId) -> Option<Arc<HopSession>> {
-        self.lock().get(&id).cloned()
+        self.lock().get(&id)?.session.clone()
     }
 
     fn refuse(&self, link: &Link, frame: &proto::Frame, refusal: Refusal, number: u64) {
@@ -163,7 +175,7 @@ impl Sessions {
             .into(),
             maybe_applied: false,
             number,
-            peer: Bytes::new(),
+            peer: refusal.about.map(|peer| peer.to_bytes().into()).unwrap_or_default(),
             message: refusal.message,
         };
         let header = proto::Frame {
@@ -182,19 +194,16 @@ impl Sessions {
         let Some(session) = SessionId::from_wire(&header.session).and_then(|id| self.get(id)) else {
             return self.refuse(link, &header, unknown(), number);
         };
-        let Some(permit) = self.held.take(payload.len()) else {
-            let message = format!(
-                "this node holds {} MiB of waiting steps, the most it may: try again",
-                self.settings.held_bytes >> 20
-            );
-            return self.refuse(link, &header, Refusal::new(proto::Code::Busy, message), number);
-        };
-        match session.step(link, header.epoch, Pending { step, payload, permit }, Instant::now()) {
+        match session.step(link, header.epoch, (step, payload), Instant::now()) {
             Ok(()) => {
                 self.steps.fetch_add(1, Ordering::Relaxed);
             }
             // The answer is that for an unknown session: a stranger learns nothing.
-            Err(NotUpstream) => self.refuse(link, &header, unknown(), number),
+            Err(NotTaken::NotUpstream) => self.refuse(link, &header, unknown(), number),
+            Err(NotTaken::NoRoom) => {
+                let message = "too many bytes of waiting steps are held here: send fewer or smaller ones at a time";
+                self.refuse(link, &header, Refusal::new(proto::Code::Busy, message), number);
+            }
         }
     }
 
@@ -202,8 +211,10 @@ impl Sessions {
         let Some(id) = SessionId::from_wire(&header.session) else { return };
         let mut sessions = self.lock();
         match sessions.get(&id) {
-            Some(session) if session.client() == link.peer() => {
-                session.close();
+            Some(slot) if slot.client == link.peer() => {
+                if let Some(session) = &slot.session {
+                    session.close();
+                }
                 sessions.remove(&id);
             }
             Some(_) => {
@@ -215,8 +226,8 @@ impl Sessions {
         }
     }
 
-    /// Everything about an opening that needs no waiting. Returns the ticket and the next hop, if it is another peer.
-    fn check_open(&self, link: &Link, header: &proto::Frame, open: &proto::Open) -> Result<Opening<'_>, Refusal> {
+    /// Everything about an opening that needs no waiting. Where it passes, the session has its slot.
+    fn check_open(&self, link: &Link, header: &proto::Frame, open: &proto::Open) -> Result<Opening, Refusal> {
         use proto::Code;
         let Some(host) = self.host.get() else {
             return Err(Refusal::new(Code::Busy, "this node is still loading its blocks"));
@@ -237,74 +248,99 @@ impl Sessions {
             .map_err(|error| Refusal::new(Code::BadTicket, format!("the next hop's announcement: {error}")))?;
         host.hosted.check_ticket(&ticket, link.peer(), next.as_ref())?;
         let next = next.filter(|next| next.peer_id == ticket.downstream);
-        let existing = self.get(ticket.session);
-        if existing.as_ref().is_some_and(|session| session.client() != ticket.client) {
-            return Err(Refusal::new(Code::NotAllowed, "the session belongs to another client"));
-        }
-        if existing.is_none() {
-            let sessions = self.lock();
-            let opening = self.opening.load(Ordering::Relaxed) as usize; // this one included
-            if sessions.len() + opening > self.settings.max_sessions {
-                let message = format!("this node has {} sessions, the most it may", sessions.len());
-                return Err(Refusal::new(Code::Busy, message));
-            }
-            let own = sessions.values().filter(|session| session.client() == ticket.client).count();
-            if own >= self.settings.max_sessions_per_client {
-                return Err(Refusal::new(Code::Busy, format!("{own} sessions of one client are the most here")));
-            }
-        }
-        Ok(Opening { host, ticket, next, existing })
+        self.take_slot(&ticket)?;
+        Ok(Opening { ticket, next })
     }
 
-    /// Opens a session: checks the ticket, connects to the next hop, answers.
-    async fn open(self: Arc<Self>, link: Link, header: proto::Frame, open: proto::Open) {
-        match self.try_open(&link, &header, &open).await {
+    fn take_slot(&self, ticket: &Ticket) -> Result<(), Refusal> {
+        use proto::Code;
+        let mut sessions = self.lock();
+        if let Some(slot) = sessions.get_mut(&ticket.session) {
+            if slot.client != ticket.client {
+                return Err(Refusal::new(Code::NotAllowed, "the session belongs to another client"));
+            }
+            if slot.opening {
+                return Err(Refusal::new(Code::Busy, "the session is being opened already"));
+            }
+            slot.opening = true;
+            return Ok(());
+        }
+        if sessions.len() >= self.settings.max_sessions {
+            return Err(Refusal::new(
+                Code::Busy,
+                format!("this node has {} sessions, the most it may", sessions.len()),
+            ));
+        }
+        let own: Vec<&Slot> = sessions.values().filter(|slot| slot.client == ticket.client).collect();
+        if own.len() >= self.settings.max_sessions_per_client {
+            return Err(Refusal::new(Code::Busy, format!("{} sessions of one client are the most here", own.len())));
+        }
+        let held = own.first().map_or_else(|| self.held.share(CLIENTS_SHARE), |slot| slot.held.clone());
+        let slot = Slot { client: ticket.client, held, session: None, opening: true };
+        sessions.insert(ticket.session, slot);
+        Ok(())
+    }
+
+    /// Goes on with an opening that has its slot: connects to the next hop, opens the session, answers.
+    async fn open(self: Arc<Self>, link: Link, header: proto::Frame, opening: Opening) {
+        let id = opening.ticket.session;
+        match self.finish_open(&link, opening).await {
             Ok(opened) => {
                 let header = proto::Frame { body: Some(proto::frame::Body::Opened(opened)), ..header };
                 if link.send(Frame { header, payload: Bytes::new() }).is_err() {
                     tracing::debug!(peer = %link.peer(), "the client left while its session was opened");
                 }
             }
-            Err(refusal) => self.refuse(&link, &header, refusal, 0),
+            Err(refusal) => {
+                if let Entry::Occupied(mut slot) = self.lock().entry(id) {
+                    slot.get_mut().opening = false;
+                    if slot.get().session.is_none() {
+                        slot.remove();
+                    }
+                }
+                self.refuse(&link, &header, refusal, 0);
+            }
         }
     }
 
-    async fn try_open(&self, link: &Link, header: &proto::Frame, open: &proto::Open) -> Result<proto::Opened, Refusal> {
+    async fn finish_open(&self, link: &Link, opening: Opening) -> Result<proto::Opened, Refusal> {
         use proto::Code;
-        let Opening { host, ticket, next, existing } = self.check_open(link, header, open)?;
+        let Opening { ticket, next } = opening;
+        let Some(host) = self.host.get() else {
+            return Err(Refusal::new(Code::Busy, "this node is still loading its blocks"));
+        };
         let downstream = match next {
             None => None,
-            Some(next) => {
-                let link = tokio::time::timeout(NEXT_HOP_TIMEOUT, host.swarm.link(next.peer_id, &next.addresses)).await;
-                let lost = |why: String| {
-                    Refusal::new(
-                        Code::NextHopLost,
-                        format!(
-                            "the next hop {} (blocks {}:{}) can't be reached from here: {why}",
-                            next.peer_id, next.span.start, next.span.end
-                        ),
-                    )
-                };
-                Some(
-                    link.map_err(|_| lost(format!("no answer in {} s", NEXT_HOP_TIMEOUT.as_secs())))?
-                        .map_err(|error| lost(error.to_string()))?,
-                )
-            }
+            Some(next) => Some(connect_next(host, &next).await?),
         };
         let links = Links { control: link.clone(), downstream };
-        let now = Instant::now();
-        match existing {
-            Some(session) => session.reopen(ticket, links, now)?,
-            None => {
-                let id = ticket.session;
-                let session = HopSession::new(ticket, links, host.engine.clone(), self.settings.step_deadline, now)
-                    .map_err(|error| Refusal::new(Code::Busy, error.to_string()))?;
-                let mut sessions = self.lock();
-                if sessions.contains_key(&id) {
-                    return Err(Refusal::new(Code::Busy, "the session is being opened twice at once"));
+        let (watched, now) = (links.downstream.clone(), Instant::now());
+        let session = {
+            let mut sessions = self.lock();
+            let Some(slot) = sessions.get_mut(&ticket.session) else {
+                return Err(Refusal::new(Code::UnknownSession, "the session was closed while it was opened"));
+            };
+            slot.opening = false;
+            match slot.session.clone() {
+                Some(session) => {
+                    session.reopen(ticket, links, now)?;
+                    session
                 }
-                sessions.insert(id, Arc::new(session));
+                None => {
+                    let means = Means {
+                        engine: host.engine.clone(),
+                        step_deadline: self.settings.step_deadline,
+                        held: slot.held.clone(),
+                    };
+                    let session = HopSession::new(ticket, links, means, now)
+                        .map_err(|error| Refusal::new(Code::WrongBlocks, error.to_string()))?;
+                    slot.session.insert(Arc::new(session)).clone()
+                }
             }
+        };
+        // A link that ended before the session was in the map was not noticed for it.
+        for link in [Some(link), watched.as_ref()].into_iter().flatten().filter(|link| link.is_closed()) {
+            session.link_closed(link, now);
         }
         let load = host.engine.load_now();
         Ok(proto::Opened { cache_tokens_left: load.cache_tokens_left as u64, queue: load.queue as u32 })
@@ -324,29 +360,25 @@ impl Sessions {
 }
 
 /// An opening that passed the checks.
-struct Opening<'a> {
-    host: &'a Host,
+struct Opening {
     ticket: Ticket,
     next: Option<Announcement>,
-    existing: Option<Arc<HopSession>>,
 }
 
-/// Counts an opening under way, so that many at once can't pass the limit together.
-struct OpeningPermit(Arc<Sessions>);
-
-impl OpeningPermit {
-    /// `None` where as many are under way as there may be sessions.
-    fn take(sessions: &Arc<Sessions>) -> Option<Self> {
-        let most = sessions.settings.max_sessions as u32;
-        sessions.opening.try_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < most).then_some(n + 1)).ok()?;
-        Some(Self(sessions.clone()))
-    }
-}
-
-impl Drop for OpeningPermit {
-    fn drop(&mut self) {
-        self.0.opening.fetch_sub(1, Ordering::Relaxed);
-    }
+/// The link to the next hop. Why it can't be had is for this node's log: a stranger could ask about any address by it.
+async fn connect_next(host: &Host, next: &Announcement) -> Result<Link, Refusal> {
+    let link = tokio::time::timeout(NEXT_HOP_TIMEOUT, host.swarm.link(next.peer_id, &next.addresses)).await;
+    let why = match link {
+        Ok(Ok(link)) => return Ok(link),
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("no answer in {} s", NEXT_HOP_TIMEOUT.as_secs()),
+    };
+    tracing::info!(peer = %next.peer_id, why, "a next hop can't be reached");
+    let message = format!(
+        "the next hop {} (blocks {}:{}) can't be reached from here",
+        next.peer_id, next.span.start, next.span.end
+    );
+    Err(Refusal { about: Some(next.peer_id), ..Refusal::new(proto::Code::NextHopLost, message) })
 }
 
 /// A [`Sessions`] as the swarm calls it.
@@ -359,18 +391,11 @@ impl Service for NodeService {
         let Frame { mut header, payload } = frame;
         match header.body.take() {
             Some(Body::Step(step)) => sessions.step(link, header, step, payload),
-            Some(Body::Open(open)) => match OpeningPermit::take(sessions) {
-                Some(permit) => {
-                    let opening = sessions.clone().open(link.clone(), header, open);
-                    tokio::spawn(async move {
-                        opening.await;
-                        drop(permit);
-                    });
+            Some(Body::Open(open)) => match sessions.check_open(link, &header, &open) {
+                Ok(opening) => {
+                    tokio::spawn(sessions.clone().open(link.clone(), header, opening));
                 }
-                None => {
-                    let refusal = Refusal::new(proto::Code::Busy, "too many sessions are being opened: try again");
-                    sessions.refuse(link, &header, refusal, 0);
-                }
+                Err(refusal) => sessions.refuse(link, &header, refusal, 0),
             },
             Some(Body::Close(_)) => sessions.close(link, &header),
             Some(Body::Ping(ping)) => {
@@ -382,7 +407,7 @@ impl Service for NodeService {
             Some(Body::Fault(fault)) => {
                 let session = SessionId::from_wire(&header.session).and_then(|id| sessions.get(id));
                 if let Some(session) = session {
-                    session.downstream_fault(link, &fault);
+                    session.downstream_fault(link, header.epoch, &fault);
                 }
             }
             Some(Body::Opened(_) | Body::Output(_) | Body::Pong(_)) | None => {
