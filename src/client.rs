@@ -7,6 +7,7 @@
 pub mod generation;
 mod inbox;
 pub mod local_model;
+pub mod observer;
 pub mod route;
 pub mod sampling;
 pub mod session;
@@ -19,13 +20,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures::future;
 use libp2p::PeerId;
 
 pub use self::inbox::Traffic;
 use self::{
     inbox::Inbox,
     local_model::LocalModel,
+    observer::Observer,
     route::Candidate,
     sampling::{InvalidOption, SampleError},
     session::{Patience, Route, RouteHop, Session, SessionError},
@@ -35,25 +36,21 @@ use crate::{
     engine::{EdgeError, LoadError},
     model::{chat::ChatError, generation::GenerationError, tokenizer::TokenizerError},
     swarm::{
-        DiscoverError, JoinError, StartError, Swarm, SwarmConfig, announcement::Announcement, proto::rpc,
-        ticket::SessionLimits,
+        DiscoverError, JoinError, StartError, Swarm, SwarmConfig, announcement::Announcement, ticket::SessionLimits,
     },
 };
 
 /// How many other routes are tried where a hop can't be reached or has no room.
 const ROUTE_ATTEMPTS: usize = 4;
 
-/// How long a peer has to answer a probe. One that is slower is not considered while others are there.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// Peers probed at a time: the best of more would not be much better.
-const MOST_PROBED: usize = 128;
-
 /// How often an incomplete swarm is looked up again while waiting for it.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// A block's time where a peer doesn't know its speed, seconds.
 const UNKNOWN_BLOCK_SECONDS: f64 = 1e-3;
+
+/// A one-way delay that was not measured, seconds.
+const UNKNOWN_LINK_SECONDS: f64 = 1.0;
 
 /// What passing a frame costs a hop besides the link's delay, seconds.
 const HOP_SECONDS: f64 = 3e-4;
@@ -105,7 +102,7 @@ pub enum ClientError {
 /// A client of one model's swarm. Cheap to clone.
 #[derive(Clone)]
 pub struct Client {
-    swarm: Swarm,
+    observer: Observer,
     model: Arc<LocalModel>,
     inbox: Arc<Inbox>,
     patience: Patience,
@@ -123,14 +120,19 @@ impl Client {
         join_timeout: Duration,
     ) -> Result<Self, ClientError> {
         let inbox = Arc::new(Inbox::default());
-        let swarm = Swarm::start(config, inbox.clone()).await?;
-        swarm.search(join_timeout).await?;
-        Ok(Self { swarm, model, inbox, patience })
+        let blocks = model.spec().num_blocks();
+        let observer = Observer::connect(model.identity().clone(), blocks, config, inbox.clone(), join_timeout).await?;
+        Ok(Self { observer, model, inbox, patience })
     }
 
     /// The network.
     pub fn swarm(&self) -> &Swarm {
-        &self.swarm
+        self.observer.swarm()
+    }
+
+    /// The swarm as it is now.
+    pub fn observer(&self) -> &Observer {
+        &self.observer
     }
 
     /// The client's part of the model.
@@ -151,42 +153,6 @@ impl Client {
         self.patience
     }
 
-    /// Looks the swarm up in the DHT.
-    ///
-    /// # Errors
-    /// Where the look-up fails.
-    pub async fn look_up(&self) -> Result<SwarmView, ClientError> {
-        let model = &self.model;
-        let blocks = model.spec().num_blocks();
-        let discovery = self.swarm.discover(model.dht_prefix(), blocks).await?;
-        let mut view =
-            SwarmView::new(model.name().to_owned(), model.dht_prefix().to_owned(), model.fingerprint(), blocks);
-        view.add(discovery.announcements);
-        Ok(view)
-    }
-
-    /// Measures the round trip to every peer of the view, at once.
-    pub async fn measure(&self, view: &mut SwarmView) {
-        let probes: Vec<_> =
-            view.peers.iter().take(MOST_PROBED).map(|peer| self.clone().probe(peer.announcement.clone())).collect();
-        for (peer, rtt) in view.peers.iter_mut().zip(future::join_all(probes).await) {
-            peer.rtt = rtt;
-        }
-    }
-
-    /// The round trip to a peer; `None` where it does not answer.
-    async fn probe(self, announcement: Announcement) -> Option<Duration> {
-        let request = || rpc::Request {
-            body: Some(rpc::request::Body::Probe(rpc::ProbeRequest { payload: Default::default() })),
-        };
-        let (peer, addresses) = (announcement.peer_id, &announcement.addresses);
-        // The first one pays for the connection.
-        self.swarm.request(peer, addresses, request(), PROBE_TIMEOUT).await.ok()?;
-        let started = Instant::now();
-        self.swarm.request(peer, addresses, request(), PROBE_TIMEOUT).await.ok()?;
-        Some(started.elapsed())
-    }
-
     /// Opens a session on the best route, or on the next best where a hop can't be reached or has no room. An incomplete
     /// swarm is looked up again until `wait` is over.
     ///
@@ -197,30 +163,23 @@ impl Client {
         let mut avoid: HashSet<PeerId> = HashSet::new();
         let mut last_error = None;
         for _ in 0..ROUTE_ATTEMPTS {
-            let (view, route) = loop {
-                let mut view = self.look_up().await?;
+            let route = loop {
+                let mut view = self.observer.look_up().await?;
                 view.peers.retain(|peer| !avoid.contains(&peer.announcement.peer_id));
-                self.measure(&mut view).await;
-                // Who does not answer now is no hop, whatever the DHT still says.
-                view.peers.retain(|peer| {
-                    let answers = peer.rtt.is_some();
-                    if !answers {
-                        tracing::debug!(peer = %peer.announcement.peer_id, "a peer of the DHT does not answer");
-                    }
-                    answers
-                });
+                self.observer.measure(&mut view, true).await;
+                view.leave_out_silent();
                 match choose_route(&view) {
-                    Some(route) => break (view, route),
+                    Some(route) => break route,
                     None if started.elapsed() < wait => tokio::time::sleep(LOOK_AGAIN).await,
                     None => return Err(last_error.unwrap_or_else(|| view.incomplete().into())),
                 }
             };
-            tracing::debug!(hops = route.hops.len(), peers = view.peers.len(), "route chosen");
             match Session::open(self, &route, limits).await {
                 Ok(session) => return Ok((session, route)),
                 Err(error) => match error.peer_to_avoid() {
                     Some(peer) => {
                         tracing::warn!(%error, "trying another route");
+                        self.observer.forget(peer);
                         avoid.insert(peer);
                         last_error = Some(error.into());
                     }
@@ -233,7 +192,7 @@ impl Client {
 
     /// Leaves the swarm.
     pub async fn stop(&self) {
-        self.swarm.stop().await;
+        self.swarm().stop().await;
     }
 }
 
@@ -247,7 +206,7 @@ fn choose_route(view: &SwarmView) -> Option<Route> {
             Candidate {
                 peer: said.peer_id,
                 span: said.span.clone(),
-                link_seconds: peer.rtt.unwrap_or(PROBE_TIMEOUT).as_secs_f64() / 2.0 + HOP_SECONDS,
+                link_seconds: peer.rtt.map_or(UNKNOWN_LINK_SECONDS, |rtt| rtt.as_secs_f64() / 2.0) + HOP_SECONDS,
                 block_seconds: if speed > 0.0 { 1.0 / speed } else { UNKNOWN_BLOCK_SECONDS },
             }
         })

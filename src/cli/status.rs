@@ -28,8 +28,8 @@ pub(super) struct StatusArgs {
 pub(super) async fn run(args: StatusArgs) -> anyhow::Result<()> {
     let client = connect(&args.swarm, Patience::default()).await?;
     loop {
-        let mut view = client.look_up().await?;
-        client.measure(&mut view).await;
+        let mut view = client.observer().look_up().await?;
+        client.observer().measure(&mut view, false).await;
         if args.json {
             print_json(&Status::from(&view))?;
         } else {

@@ -22,9 +22,7 @@ pub struct EdgesChoice {
 
 /// What a client holds of a model. See the module's docs.
 pub struct LocalModel {
-    name: String,
-    dht_prefix: String,
-    fingerprint: Fingerprint,
+    identity: ModelIdentity,
     spec: ModelSpec,
     edges: Edges,
     tokenizer: Tokenizer,
@@ -59,25 +57,18 @@ impl LocalModel {
             template: ChatTemplate::open(dir)?,
             defaults: GenerationDefaults::open(dir)?,
             spec,
-            name: identity.name,
-            dht_prefix: identity.dht_prefix,
-            fingerprint: identity.fingerprint,
+            identity,
         })
+    }
+
+    /// What it is called, and which one exactly.
+    pub fn identity(&self) -> &ModelIdentity {
+        &self.identity
     }
 
     /// What the user called it.
     pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// Its swarm's prefix.
-    pub fn dht_prefix(&self) -> &str {
-        &self.dht_prefix
-    }
-
-    /// Which model exactly.
-    pub fn fingerprint(&self) -> Fingerprint {
-        self.fingerprint
+        &self.identity.name
     }
 
     /// Its shape.

@@ -193,6 +193,8 @@ impl SessionError {
     pub fn peer_to_avoid(&self) -> Option<PeerId> {
         match self {
             Self::Unreachable { peer, .. } | Self::HopLost { peer, .. } | Self::BadAnswer { peer, .. } => Some(*peer),
+            // A node that serves something else by now is not what the client looked up.
+            Self::Fault { peer, code: proto::Code::WrongModel | proto::Code::WrongBlocks, .. } => Some(*peer),
             Self::Fault { blame: proto::Blame::Client, .. } | Self::Overdue { .. } | Self::Misuse(_) => None,
             Self::Fault { peer, .. } => Some(*peer),
         }
@@ -236,6 +238,7 @@ pub struct Session {
     next_number: u64,
     confirmed: u64,
     sent: VecDeque<Sent>,
+    last_answer: Instant,
 }
 
 impl Session {
@@ -261,6 +264,7 @@ impl Session {
             next_number: 1,
             confirmed: 0,
             sent: VecDeque::new(),
+            last_answer: Instant::now(),
         };
         session.send_tickets(client, route)?;
         session.wait_until_open().await?;
@@ -279,8 +283,8 @@ impl Session {
                 hop: hop.peer,
                 upstream: if index == 0 { own } else { self.hops[index - 1].peer },
                 downstream: next.map_or(own, |next| next.announcement.peer_id),
-                dht_prefix: client.model().dht_prefix().to_owned(),
-                fingerprint: client.model().fingerprint(),
+                dht_prefix: client.model().identity().dht_prefix.clone(),
+                fingerprint: client.model().identity().fingerprint,
                 blocks: hop.blocks.clone(),
                 wire_dtype: self.wire_dtype,
                 limits: self.limits,
@@ -376,10 +380,12 @@ impl Session {
     /// # Errors
     /// See [`SessionError`]; never waits longer than [`Patience`] says.
     pub async fn receive(&mut self) -> Result<StepAnswer, SessionError> {
-        let Some(sent_at) = self.sent.front().map(|sent| sent.at) else {
+        let Some(sent) = self.sent.front() else {
             return Err(SessionError::Misuse("no step is under way".to_owned()));
         };
-        let mut watch = Watch { next_look: sent_at + self.patience.overdue, asked: None };
+        // A step behind others only begins when those are answered.
+        let since = sent.at.max(self.last_answer);
+        let mut watch = Watch { next_look: since + self.patience.overdue, asked: None };
         loop {
             let look = tokio::time::Instant::from_std(watch.next_look);
             match tokio::time::timeout_at(look, self.mailbox.next()).await {
@@ -396,13 +402,13 @@ impl Session {
                     }
                     _ => {}
                 },
-                Err(_) => self.look_after_hops(&mut watch, sent_at)?,
+                Err(_) => self.look_after_hops(&mut watch, since)?,
             }
         }
     }
 
     /// A step is overdue: asks the hops whether they live, or finds the one that didn't say so.
-    fn look_after_hops(&self, watch: &mut Watch, sent_at: Instant) -> Result<(), SessionError> {
+    fn look_after_hops(&self, watch: &mut Watch, since: Instant) -> Result<(), SessionError> {
         let now = Instant::now();
         if let Some((asked_at, silent)) = &watch.asked
             && let Some(hop) = self.hops.iter().find(|hop| silent.contains(&hop.peer))
@@ -410,7 +416,7 @@ impl Session {
             let why = format!("it does not answer ({:.1} s)", now.duration_since(*asked_at).as_secs_f64());
             return Err(self.lost(hop.peer, why));
         }
-        let waited = now.duration_since(sent_at);
+        let waited = now.duration_since(since);
         if waited >= self.patience.step {
             let number = self.sent.front().map_or(0, |sent| sent.number);
             return Err(SessionError::Overdue { number, waited });
@@ -459,6 +465,7 @@ impl Session {
         let number = sent.number;
         self.sent.pop_front();
         self.confirmed = number;
+        self.last_answer = Instant::now();
         let micros = |us: u32| Duration::from_micros(u64::from(us));
         let times = output.times.iter().map(|time| (micros(time.queue_us), micros(time.compute_us))).collect();
         Ok(Some(StepAnswer { number, hidden, times }))
@@ -492,6 +499,12 @@ impl Session {
             let why = format!("{} (reported by {})", fault.message, hop.peer);
             return SessionError::HopLost { peer: lost.peer, blocks: lost.blocks.clone(), why };
         }
+        // What a hop received wrong, the hop before it made.
+        let index = self.hops.iter().position(|other| other.peer == hop.peer).unwrap_or(0);
+        let hop = match fault.blame() {
+            proto::Blame::Upstream if index > 0 => &self.hops[index - 1],
+            _ => hop,
+        };
         SessionError::Fault {
             peer: hop.peer,
             blocks: hop.blocks.clone(),

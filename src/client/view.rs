@@ -5,6 +5,7 @@ use std::{fmt, ops::Range, time::Duration};
 use libp2p::PeerId;
 use serde::Serialize;
 
+use super::local_model::ModelIdentity;
 use crate::{
     model::fingerprint::Fingerprint,
     swarm::announcement::{Announcement, State},
@@ -22,33 +23,33 @@ pub struct PeerView {
 /// A swarm as seen at one moment.
 #[derive(Debug, Clone)]
 pub struct SwarmView {
-    /// What the user called the model.
-    pub model: String,
-    /// The swarm's prefix.
-    pub dht_prefix: String,
-    /// Which model exactly.
-    pub fingerprint: Fingerprint,
+    /// The model.
+    pub identity: ModelIdentity,
     /// How many blocks it has.
     pub blocks: usize,
     /// The peers that serve it, in the order of their spans.
     pub peers: Vec<PeerView>,
     /// Peers under the same prefix that serve another model or revision. Never used.
     pub foreign: Vec<Announcement>,
+    /// Peers that serve it, as the DHT says, and don't answer.
+    pub silent: Vec<Announcement>,
 }
 
 impl SwarmView {
-    /// Sorts what was discovered under a prefix. Peers that left are not in it.
-    pub fn new(model: String, dht_prefix: String, fingerprint: Fingerprint, blocks: usize) -> Self {
-        Self { model, dht_prefix, fingerprint, blocks, peers: Vec::new(), foreign: Vec::new() }
+    /// Nobody, as yet.
+    pub fn new(identity: ModelIdentity, blocks: usize) -> Self {
+        Self { identity, blocks, peers: Vec::new(), foreign: Vec::new(), silent: Vec::new() }
     }
 
-    /// Adds what was discovered.
+    /// Adds what was discovered under the model's prefix. Peers that left are not in it.
     pub fn add(&mut self, announcements: impl IntoIterator<Item = Announcement>) {
         for announcement in announcements {
             if announcement.state == State::Offline {
                 continue;
             }
-            if Fingerprint(announcement.fingerprint) == self.fingerprint && announcement.span.end <= self.blocks {
+            if Fingerprint(announcement.fingerprint) == self.identity.fingerprint
+                && announcement.span.end <= self.blocks
+            {
                 self.peers.push(PeerView { announcement, rtt: None });
             } else {
                 self.foreign.push(announcement);
@@ -58,6 +59,24 @@ impl SwarmView {
             .sort_by_key(|peer| (peer.announcement.span.start, peer.announcement.span.end, peer.announcement.peer_id));
     }
 
+    /// One of the peers.
+    pub(crate) fn peer_mut(&mut self, peer: PeerId) -> Option<&mut PeerView> {
+        self.peers.iter_mut().find(|view| view.announcement.peer_id == peer)
+    }
+
+    /// Whether the online peers that answered serve all blocks.
+    pub(crate) fn answering_cover_the_model(&self) -> bool {
+        let answering = self.online().filter(|peer| peer.rtt.is_some());
+        coverage(self.blocks, answering).iter().all(|count| *count > 0)
+    }
+
+    /// Puts the peers that did not answer aside: whoever does not answer now is no hop, whatever the DHT still says.
+    pub fn leave_out_silent(&mut self) {
+        let (answering, silent) = std::mem::take(&mut self.peers).into_iter().partition(|peer| peer.rtt.is_some());
+        self.peers = answering;
+        self.silent.extend(silent.into_iter().map(|peer: PeerView| peer.announcement));
+    }
+
     /// The peers that take sessions now.
     pub fn online(&self) -> impl Iterator<Item = &PeerView> {
         self.peers.iter().filter(|peer| peer.announcement.state == State::Online)
@@ -65,11 +84,7 @@ impl SwarmView {
 
     /// How many online peers serve each block.
     pub fn coverage(&self) -> Vec<usize> {
-        let mut coverage = vec![0; self.blocks];
-        for peer in self.online() {
-            coverage[peer.announcement.span.clone()].iter_mut().for_each(|count| *count += 1);
-        }
-        coverage
+        coverage(self.blocks, self.online())
     }
 
     /// The runs of blocks that nobody serves.
@@ -80,7 +95,7 @@ impl SwarmView {
     /// Why there is no route, as far as the view tells.
     pub fn incomplete(&self) -> Incomplete {
         Incomplete {
-            model: self.model.clone(),
+            model: self.identity.name.clone(),
             blocks: self.blocks,
             missing: self.missing(),
             serving: self.online().map(|peer| (peer.announcement.peer_id, peer.announcement.span.clone())).collect(),
@@ -91,9 +106,19 @@ impl SwarmView {
                 .map(|peer| peer.announcement.span.clone())
                 .collect(),
             foreign: self.foreign.iter().map(|foreign| (foreign.peer_id, Fingerprint(foreign.fingerprint))).collect(),
-            fingerprint: self.fingerprint,
+            silent: self.silent.iter().map(|silent| (silent.peer_id, silent.span.clone())).collect(),
+            fingerprint: self.identity.fingerprint,
         }
     }
+}
+
+/// How many of these peers serve each block.
+fn coverage<'a>(blocks: usize, peers: impl Iterator<Item = &'a PeerView>) -> Vec<usize> {
+    let mut coverage = vec![0; blocks];
+    for peer in peers {
+        coverage[peer.announcement.span.clone()].iter_mut().for_each(|count| *count += 1);
+    }
+    coverage
 }
 
 /// The runs of zeros in `coverage`.
@@ -117,6 +142,7 @@ pub struct Incomplete {
     serving: Vec<(PeerId, Range<usize>)>,
     joining: Vec<Range<usize>>,
     foreign: Vec<(PeerId, Fingerprint)>,
+    silent: Vec<(PeerId, Range<usize>)>,
     fingerprint: Fingerprint,
 }
 
@@ -154,6 +180,10 @@ impl fmt::Display for Incomplete {
         }
         if !self.joining.is_empty() {
             write!(f, "; {} still loading {}", self.joining.len(), spans(&mut self.joining.iter().map(range)))?;
+        }
+        if !self.silent.is_empty() {
+            let named = |(peer, span): &(PeerId, Range<usize>)| format!("{peer} ({})", range(span));
+            write!(f, "; announced, but not answering: {}", spans(&mut self.silent.iter().map(named)))?;
         }
         if let Some(gap) = self.missing.first() {
             write!(
@@ -234,9 +264,9 @@ impl From<&SwarmView> for Status {
     fn from(view: &SwarmView) -> Self {
         let missing: Vec<_> = view.missing().iter().map(|gap| [gap.start, gap.end]).collect();
         Self {
-            model: view.model.clone(),
-            dht_prefix: view.dht_prefix.clone(),
-            fingerprint: view.fingerprint.to_string(),
+            model: view.identity.name.clone(),
+            dht_prefix: view.identity.dht_prefix.clone(),
+            fingerprint: view.identity.fingerprint.to_string(),
             blocks: view.blocks,
             complete: missing.is_empty(),
             coverage: view.coverage(),

@@ -1,0 +1,130 @@
+//! Looking at a swarm without using it: who serves what, and how far away.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use futures::{StreamExt, stream::FuturesUnordered};
+use libp2p::PeerId;
+
+use super::{ClientError, local_model::ModelIdentity, view::SwarmView};
+use crate::swarm::{Service, Swarm, SwarmConfig, announcement::Announcement, proto::rpc};
+
+/// How long a peer has to answer a probe. One that is slower is not considered while others are there.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Once the peers that answered cover the model, how much longer the others have: a near one answers in this time, and a far
+/// one would not be chosen.
+const PROBE_GRACE: Duration = Duration::from_millis(150);
+
+/// Probes under way at a time: each may have to dial.
+const PROBES_AT_A_TIME: usize = 128;
+
+/// How long a measured round trip counts. A peer that died meanwhile is noticed when it is dialled.
+const RTT_LIFETIME: Duration = Duration::from_secs(30);
+
+/// A look at one model's swarm. Cheap to clone.
+#[derive(Clone)]
+pub struct Observer {
+    swarm: Swarm,
+    identity: Arc<ModelIdentity>,
+    blocks: usize,
+    measured: Arc<Mutex<HashMap<PeerId, (Duration, Instant)>>>,
+}
+
+impl Observer {
+    /// Starts the network and joins the swarm of a model with this many blocks. What arrives goes to `service`.
+    ///
+    /// # Errors
+    /// Where the network can't be started, or no initial peer can be reached.
+    pub async fn connect(
+        identity: ModelIdentity,
+        blocks: usize,
+        config: SwarmConfig,
+        service: Arc<dyn Service>,
+        join_timeout: Duration,
+    ) -> Result<Self, ClientError> {
+        let swarm = Swarm::start(config, service).await?;
+        swarm.search(join_timeout).await?;
+        Ok(Self { swarm, identity: Arc::new(identity), blocks, measured: Arc::default() })
+    }
+
+    /// The network.
+    pub fn swarm(&self) -> &Swarm {
+        &self.swarm
+    }
+
+    /// The model whose swarm it is.
+    pub fn identity(&self) -> &ModelIdentity {
+        &self.identity
+    }
+
+    /// Looks the swarm up in the DHT.
+    ///
+    /// # Errors
+    /// Where the look-up fails.
+    pub async fn look_up(&self) -> Result<SwarmView, ClientError> {
+        let discovery = self.swarm.discover(&self.identity.dht_prefix, self.blocks).await?;
+        let mut view = SwarmView::new((*self.identity).clone(), self.blocks);
+        view.add(discovery.announcements);
+        Ok(view)
+    }
+
+    /// Measures the round trip to every peer of the view, unless that was done a moment ago. With `impatient`, only until those
+    /// that answered cover the model, and a moment longer.
+    pub async fn measure(&self, view: &mut SwarmView, impatient: bool) {
+        let now = Instant::now();
+        let mut unknown = Vec::new();
+        for peer in &mut view.peers {
+            let known = self.measured.lock().unwrap_or_else(PoisonError::into_inner);
+            match known.get(&peer.announcement.peer_id) {
+                Some((rtt, at)) if impatient && now.duration_since(*at) < RTT_LIFETIME => peer.rtt = Some(*rtt),
+                _ => unknown.push(peer.announcement.clone()),
+            }
+        }
+        let mut unknown = unknown.into_iter();
+        let mut probes: FuturesUnordered<_> =
+            unknown.by_ref().take(PROBES_AT_A_TIME).map(|peer| self.clone().probe(peer)).collect();
+        let mut patience = None;
+        loop {
+            if impatient && patience.is_none() && view.answering_cover_the_model() {
+                patience = Some(tokio::time::Instant::now() + PROBE_GRACE);
+            }
+            let next = match patience {
+                Some(patience) => tokio::time::timeout_at(patience, probes.next()).await.unwrap_or(None),
+                None => probes.next().await,
+            };
+            let Some((peer_id, rtt)) = next else { break };
+            if let (Some(peer), Some(rtt)) = (view.peer_mut(peer_id), rtt) {
+                peer.rtt = Some(rtt);
+                self.measured.lock().unwrap_or_else(PoisonError::into_inner).insert(peer_id, (rtt, Instant::now()));
+            }
+            probes.extend(unknown.next().map(|peer| self.clone().probe(peer)));
+        }
+        // As many as a view has: what is older than that is of peers long gone.
+        let mut known = self.measured.lock().unwrap_or_else(PoisonError::into_inner);
+        known.retain(|_, (_, at)| at.elapsed() < RTT_LIFETIME);
+    }
+
+    /// Forgets what was measured of a peer, so that it is asked again.
+    pub(crate) fn forget(&self, peer: PeerId) {
+        self.measured.lock().unwrap_or_else(PoisonError::into_inner).remove(&peer);
+    }
+
+    /// The round trip to a peer; `None` where it does not answer.
+    async fn probe(self, announcement: Announcement) -> (PeerId, Option<Duration>) {
+        let request = || rpc::Request {
+            body: Some(rpc::request::Body::Probe(rpc::ProbeRequest { payload: Default::default() })),
+        };
+        let (peer, addresses) = (announcement.peer_id, &announcement.addresses);
+        let ask = || self.swarm.request(peer, addresses, request(), PROBE_TIMEOUT);
+        // The first one pays for the connection.
+        if ask().await.is_err() {
+            return (peer, None);
+        }
+        let started = Instant::now();
+        (peer, ask().await.ok().map(|_| started.elapsed()))
+    }
+}
