@@ -18,8 +18,7 @@ fn span(node: usize) -> std::ops::Range<usize> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_fresh_client_sees_a_swarm_of_48_with_at_most_150_requests() {
     let first = Peer::start(|_| ()).await;
-    let mut nodes: Vec<Peer> =
-        stream::iter(1..48).map(|_| Peer::joined(&first)).buffer_unordered(4).collect().await;
+    let mut nodes: Vec<Peer> = stream::iter(1..48).map(|_| Peer::joined(&first)).buffer_unordered(4).collect().await;
     nodes.push(first);
     stream::iter(nodes.iter().enumerate())
         .for_each_concurrent(8, |(i, node)| async move {

@@ -39,7 +39,8 @@ async fn still_serves(node: &Peer) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn garbage_on_the_port_changes_nothing() {
     let node = Peer::start(|_| ()).await;
-    for garbage in [&b""[..], b"GET / HTTP/1.1\r\n\r\n", &[0xff; 100_000], b"\x13/multistream/1.0.0\n\xff\xff\xff\xff"] {
+    for garbage in [&b""[..], b"GET / HTTP/1.1\r\n\r\n", &[0xff; 100_000], b"\x13/multistream/1.0.0\n\xff\xff\xff\xff"]
+    {
         let mut stream = tokio::net::TcpStream::connect(socket(&node)).await.unwrap();
         // The node may hang up half-way.
         let _ = stream.write_all(garbage).await;

@@ -69,15 +69,17 @@ fn keys() {
 #[test]
 fn announcement() {
     let signed = signed();
-    assert_eq!(hex(&signed.body), "0a03612f621203612f621a20030303030303030303030303030303030303030303030303030303030303030322046d61696e28503010382040024802520271385a0661767835313261000000000000294069000000000000e03f70e80778d00f8001038a010178920108047f000001067a69980101a201026d65aa0105302e312e30b00181a0f1c2b134b801e0c783c3b134");
+    assert_eq!(
+        hex(&signed.body),
+        "0a03612f621203612f621a20030303030303030303030303030303030303030303030303030303030303030322046d61696e28503010382040024802520271385a0661767835313261000000000000294069000000000000e03f70e80778d00f8001038a010178920108047f000001067a69980101a201026d65aa0105302e312e30b00181a0f1c2b134b801e0c783c3b134"
+    );
     // ed25519 is deterministic, so the signature pins what is signed.
     assert_eq!(hex(&signed.public_key), "08011220fd1724385aa0c75b64fb78cd602fa1d991fdebf76b13c58ed702eac835e9f618");
-    assert_eq!(hex(&signed.signature), "8bcf46b6ca5b16f5195d326c9ed1a0660072c85b68f17dd2a9e71bcd21e706402b74866101b04fd384ec97e032c36cd5839340ae17c886b5b2c8525ffc26bd0f");
-    let short = SignedAnnouncement {
-        body: vec![1].into(),
-        public_key: vec![2].into(),
-        signature: vec![3].into(),
-    };
+    assert_eq!(
+        hex(&signed.signature),
+        "8bcf46b6ca5b16f5195d326c9ed1a0660072c85b68f17dd2a9e71bcd21e706402b74866101b04fd384ec97e032c36cd5839340ae17c886b5b2c8525ffc26bd0f"
+    );
+    let short = SignedAnnouncement { body: vec![1].into(), public_key: vec![2].into(), signature: vec![3].into() };
     pinned(&Entries { entries: vec![short] }, "0a090a01011201021a0103");
 }
 
@@ -101,14 +103,20 @@ fn session_open_and_ticket() {
         max_step_tokens: 13,
         expires_unix_ms: 14,
     };
-    pinned(&ticket, "0a100101010101010101010101010101010110021a01032201042a01053201063a03612f6242200707070707070707070707070707070707070707070707070707070707070707480850095803600a680b700c780d80010e");
+    pinned(
+        &ticket,
+        "0a100101010101010101010101010101010110021a01032201042a01053201063a03612f6242200707070707070707070707070707070707070707070707070707070707070707480850095803600a680b700c780d80010e",
+    );
     let open = session::Open {
         ticket: vec![1].into(),
         public_key: vec![2].into(),
         signature: vec![3].into(),
         next: Some(SignedAnnouncement::default()),
     };
-    pinned(&frame(session::frame::Body::Open(open)), "0a100101010101010101010101010101010110021a0b0a01011201021a01032200");
+    pinned(
+        &frame(session::frame::Body::Open(open)),
+        "0a100101010101010101010101010101010110021a0b0a01011201021a01032200",
+    );
     let opened = session::Opened { cache_tokens_left: 5, queue: 6 };
     pinned(&frame(session::frame::Body::Opened(opened)), "0a10010101010101010101010101010101011002220408051006");
 }
@@ -127,8 +135,14 @@ fn session_steps() {
         rope_length: 5,
         times: times.clone(),
     };
-    pinned(&frame(Body::Step(step)), "0a100101010101010101010101010101010110022a2108ac0210ab021a06080110021803220708021004188010280230053a0408011002");
-    pinned(&frame(Body::Output(session::Output { number: 300, tensor, times })), "0a10010101010101010101010101010101011002321208ac021207080210041880101a0408011002");
+    pinned(
+        &frame(Body::Step(step)),
+        "0a100101010101010101010101010101010110022a2108ac0210ab021a06080110021803220708021004188010280230053a0408011002",
+    );
+    pinned(
+        &frame(Body::Output(session::Output { number: 300, tensor, times })),
+        "0a10010101010101010101010101010101011002321208ac021207080210041880101a0408011002",
+    );
     let fault = session::Fault {
         code: session::Code::CacheFull as i32,
         blame: session::Blame::Nobody as i32,
@@ -137,7 +151,10 @@ fn session_steps() {
         peer: vec![8].into(),
         message: "full".into(),
     };
-    pinned(&frame(Body::Fault(fault)), "0a100101010101010101010101010101010110023a11080b1005180120072a0108320466756c6c");
+    pinned(
+        &frame(Body::Fault(fault)),
+        "0a100101010101010101010101010101010110023a11080b1005180120072a0108320466756c6c",
+    );
     pinned(&frame(Body::Close(session::Close {})), "0a100101010101010101010101010101010110024200");
     pinned(&frame(Body::Ping(session::Ping { nonce: 9 })), "0a100101010101010101010101010101010110024a020809");
     pinned(&frame(Body::Pong(session::Pong { nonce: 9 })), "0a1001010101010101010101010101010101100252020809");
