@@ -9,7 +9,7 @@
 //! [`Link`]s: kept streams of [`Frame`]s, one a direction between two peers and shared by all sessions, opened when a route is
 //! chosen ([`Swarm::link`]). What arrives goes to the [`Service`] that the process gave to [`Swarm::start`].
 //!
-//! [`Swarm`] is a handle on one task that owns the libp2p swarm ([`driver`]); everything that decides something (which entries
+//! [`Swarm`] is a handle on one task that owns the libp2p swarm (`driver`); everything that decides something (which entries
 //! to keep, which addresses to hand out) is plain code without IO beside it. `swarm` knows of tensors only bytes.
 //!
 //! Nothing is trusted for being in the swarm: sizes, counts and signatures are checked where bytes come in, and everything

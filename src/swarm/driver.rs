@@ -24,7 +24,7 @@ use libp2p::{
 use tokio::{
     sync::{mpsc, oneshot},
     task::JoinSet,
-    time::Instant,
+    time::{Instant, MissedTickBehavior},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -65,8 +65,6 @@ pub(super) enum Command {
     Confirm { peer: Option<PeerId>, reply: oneshot::Sender<Result<PeerId, String>> },
     /// Fill the routing table; the outcome is how many requests it took.
     Bootstrap { reply: oneshot::Sender<usize> },
-    /// Learn a few more peers than the one that was dialled; the outcome is how many requests it took.
-    Introduce { reply: oneshot::Sender<usize> },
     /// Store a record; the outcome is how many other peers took it.
     Put { key: kad::RecordKey, value: Vec<u8>, reply: oneshot::Sender<usize> },
     /// Look a key up at all replicas.
@@ -206,6 +204,7 @@ impl Driver {
         let stop = self.stop.clone();
         let mut sweep = tokio::time::interval(SWEEP_EVERY);
         let mut quiet_check = tokio::time::interval(QUIET_CHECK_EVERY);
+        quiet_check.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let stopped = loop {
             tokio::select! {
                 event = self.swarm.select_next_some() => self.on_event(event),
@@ -249,7 +248,6 @@ impl Driver {
             Command::Connect { peer, addresses, reply } => self.connect(peer, addresses, reply),
             Command::Confirm { peer, reply } => self.confirm(peer, reply),
             Command::Bootstrap { reply } => self.bootstrap(reply),
-            Command::Introduce { reply } => self.introduce(reply),
             Command::Put { key, value, reply } => self.put(key, value, reply),
             Command::Get { key, reply } => self.get(key, reply),
             Command::Request { peer, request, reply } => {

@@ -49,6 +49,8 @@ struct Inner {
     initial_peers: Vec<Multiaddr>,
     mdns: bool,
     remember: Option<PathBuf>,
+    /// As it is in the file.
+    saved: Mutex<RememberedPeers>,
     announcing: Mutex<Announcing>,
     stop: CancellationToken,
     _stop_with_the_last_clone: DropGuard,
@@ -113,6 +115,7 @@ impl Swarm {
             initial_peers: config.initial_peers,
             mdns: config.mdns,
             remember: config.remember,
+            saved: Mutex::default(),
             announcing: Mutex::default(),
             _stop_with_the_last_clone: stop.clone().drop_guard(),
             stop,
@@ -322,11 +325,13 @@ impl Inner {
     async fn save_remembered(&self) {
         let Some(path) = self.remember.clone() else { return };
         let remembered = self.shared.remembered().clone();
-        if remembered.addresses().is_empty() {
+        let mut saved = self.saved.lock().await;
+        if *saved == remembered {
             return;
         }
-        let saved = tokio::task::spawn_blocking(move || remembered.save(&path));
-        if let Ok(Err(error)) = saved.await {
+        saved.clone_from(&remembered);
+        let saving = tokio::task::spawn_blocking(move || remembered.save(&path));
+        if let Ok(Err(error)) = saving.await {
             tracing::warn!(%error, "this node may not find its peers again after a restart");
         }
     }

@@ -131,7 +131,7 @@ impl AnnouncementStore {
                         peer if peer == bearer.peer => Source::Direct(bearer.origin),
                         _ => Source::Replicated(bearer.origin),
                     };
-                    let merged = self.merge(key, verified, source, bearer.origin, now_unix_ms);
+                    let merged = self.merge(key, verified, source, now_unix_ms);
                     news += usize::from(matches!(merged, Some(Merged::Added | Merged::Updated)));
                 }
                 Err(AnnouncementError::BadSignature) => return Accepted::Forged,
@@ -168,15 +168,9 @@ impl AnnouncementStore {
     }
 
     /// `None`: the entry doesn't belong under this key, or there is no room for the key.
-    fn merge(
-        &mut self,
-        key: &RecordKey,
-        verified: Verified,
-        source: Source,
-        opened_by: Origin,
-        now_unix_ms: u64,
-    ) -> Option<Merged> {
+    fn merge(&mut self, key: &RecordKey, verified: Verified, source: Source, now_unix_ms: u64) -> Option<Merged> {
         let kind = kind_of(key, &verified)?;
+        let opened_by = source.origin();
         if !self.slots.contains_key(key) && source != Source::Own && !self.make_room(opened_by, now_unix_ms) {
             return None;
         }
@@ -259,7 +253,7 @@ impl RecordStore for AnnouncementStore {
         for signed in Entries::decode(record.value.as_slice()).unwrap_or_default().entries {
             match verify(&signed, now) {
                 Ok(verified) if verified.peer_id() == self.own => {
-                    self.merge(&record.key, verified, Source::Own, Origin::Loopback, now);
+                    self.merge(&record.key, verified, Source::Own, now);
                 }
                 other => tracing::warn!(?other, "an entry that is not this peer's own was put locally"),
             }

@@ -68,6 +68,14 @@ pub enum Source {
 }
 
 impl Source {
+    /// Who answers for it.
+    pub fn origin(self) -> Origin {
+        match self {
+            Self::Own => Origin::Loopback,
+            Self::Direct(origin) | Self::Replicated(origin) => origin,
+        }
+    }
+
     fn tier(self) -> u8 {
         match self {
             Self::Own => 0,

@@ -1,5 +1,7 @@
 //! Kademlia: queries under way, and records that others put.
 
+use std::time::Duration;
+
 use libp2p::{
     PeerId,
     kad::{
@@ -7,8 +9,6 @@ use libp2p::{
     },
     swarm::ConnectionId,
 };
-use std::{num::NonZeroUsize, time::Duration};
-
 use tokio::{sync::oneshot, time::Instant};
 
 use super::Driver;
@@ -18,12 +18,9 @@ use crate::swarm::{
     records::{Accepted, Bearer},
 };
 
-/// How near a newcomer looks for its first few peers: enough for three disjoint paths to begin with, and a few requests.
-const INTRODUCTIONS: NonZeroUsize = NonZeroUsize::new(4).unwrap();
-
-/// Replicas that are united before a look-up ends. The last few only confirm, and over three disjoint paths finding them takes
-/// as many requests as the others together.
-const ENOUGH_REPLICAS: usize = REPLICAS.get() * 3 / 4;
+/// Replicas that are united before a look-up ends: more than half, from all of its disjoint paths in turn. One honest one among
+/// them is enough, and whoever has crashed is among the last.
+const ENOUGH_REPLICAS: usize = REPLICAS.get() * 5 / 8;
 
 /// What a key holds, at all replicas that answered.
 #[derive(Debug, Default)]
@@ -37,7 +34,6 @@ pub(in crate::swarm) struct Lookup {
 /// A query under way, and who waits for it.
 pub(super) enum Query {
     Bootstrap { requests: usize, reply: oneshot::Sender<usize> },
-    Introduce { reply: oneshot::Sender<usize> },
     Put { reply: oneshot::Sender<usize> },
     Get { lookup: Lookup, replicas: usize, last_news: Option<Instant>, reply: oneshot::Sender<Lookup> },
 }
@@ -56,12 +52,6 @@ impl Driver {
                 let _ = reply.send(0);
             }
         }
-    }
-
-    pub(super) fn introduce(&mut self, reply: oneshot::Sender<usize>) {
-        let own = self.shared.peer_id;
-        let id = self.swarm.behaviour_mut().kad.get_n_closest_peers(own, INTRODUCTIONS);
-        self.queries.insert(id, Query::Introduce { reply });
     }
 
     pub(super) fn put(&mut self, key: RecordKey, value: Vec<u8>, reply: oneshot::Sender<usize>) {
@@ -144,7 +134,6 @@ impl Driver {
         if is_last {
             match self.queries.remove(&id) {
                 Some(Query::Bootstrap { requests, reply }) => drop(reply.send(requests)),
-                Some(Query::Introduce { reply }) => drop(reply.send(requests(stats))),
                 Some(Query::Get { lookup, reply, .. }) => drop(reply.send(lookup)),
                 Some(Query::Put { .. }) | None => {}
             }

@@ -123,17 +123,21 @@ impl Swarm {
         Ok(confirmed.map(|_| ()))
     }
 
-    /// A server fills its routing table; a client learns just enough peers for its look-ups to start from.
+    /// A server fills its routing table. A client's look-ups do that on their way; what else its initial peers could tell it
+    /// beforehand would come from the same mouths.
     async fn get_to_know(&self, deadline: Instant) -> Result<usize, JoinError> {
-        let requests = match self.0.shared.role {
-            Role::Server => tokio::time::timeout_at(deadline, self.command(|reply| Command::Bootstrap { reply })).await,
-            Role::Client => tokio::time::timeout_at(deadline, self.command(|reply| Command::Introduce { reply })).await,
-        };
-        match requests {
-            Ok(Ok(requests)) => Ok(requests),
-            Ok(Err(Gone)) => Err(JoinError::Stopped),
-            // It goes on in the background, and is good enough meanwhile.
-            Err(_) => Ok(0),
+        if self.0.shared.role == Role::Client {
+            return Ok(0);
         }
+        let bootstrap = self.command(|reply| Command::Bootstrap { reply });
+        let requests = match tokio::time::timeout_at(deadline, bootstrap).await {
+            Ok(Ok(requests)) => requests,
+            Ok(Err(Gone)) => return Err(JoinError::Stopped),
+            // It goes on in the background, and is good enough meanwhile.
+            Err(_) => 0,
+        };
+        // What was announced before is put again, now that there are others to put it to.
+        self.renew().await;
+        Ok(requests)
     }
 }

@@ -141,6 +141,44 @@ async fn a_link_that_was_lost_is_opened_anew() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_peer_opens_its_own_stream_over_one_connection() {
+    let (a, b) = (Peer::start(|_| ()).await, Peer::start(|_| ()).await);
+    let to_b = a.swarm.link(b.id(), &b.addresses()).await.unwrap();
+    // No address is needed: they are connected.
+    let to_a = b.swarm.link(a.id(), &[]).await.unwrap();
+    to_b.send(numbered(1, vec![1])).unwrap();
+    to_a.send(numbered(2, vec![2])).unwrap();
+    for (peer, own, others) in [(&a, 1, 2), (&b, 2, 1)] {
+        peer.service
+            .until("both have come", |echo| {
+                !echo.asked.lock().unwrap().is_empty() && !echo.answered.lock().unwrap().is_empty()
+            })
+            .await;
+        assert_eq!(number_of(&peer.service.answered.lock().unwrap()[0]), own);
+        assert_eq!(number_of(&peer.service.asked.lock().unwrap()[0]), others);
+    }
+    assert_eq!(a.swarm.link(b.id(), &[]).await.unwrap().id(), to_b.id());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cut_connection_closes_the_links_on_both_sides() {
+    let node = Peer::start(|_| ()).await;
+    let target = std::net::SocketAddr::from(([127, 0, 0, 1], port(&node.addresses()[0])));
+    let proxy = DelayingProxy::start(target, Duration::ZERO).await;
+    let through: Multiaddr = format!("/ip4/127.0.0.1/tcp/{}", proxy.port()).parse().unwrap();
+    let client = Peer::start(|config| config.listen.clear()).await;
+    let link = client.swarm.link(node.id(), &[through]).await.unwrap();
+    link.send(numbered(1, vec![1])).unwrap();
+    client.service.until("it comes back", |echo| !echo.answered.lock().unwrap().is_empty()).await;
+    drop(proxy);
+    for peer in [&node, &client] {
+        peer.service.until("it knows", |echo| echo.closed.lock().unwrap().len() == 1).await;
+    }
+    assert!(link.is_closed());
+    super::eventually("nobody is connected", || async { client.swarm.connected().is_empty().then_some(()) }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn links_and_requests_to_nobody_fail_with_the_reason() {
     let gone = Peer::start(|_| ()).await;
     let (id, addresses) = (gone.id(), gone.addresses());

@@ -123,9 +123,17 @@ async fn a_stopped_swarm_says_so() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_local_network_is_optional() {
-    // Where there is no multicast this is a warning; in any case the peer runs.
-    let peer = Peer::start(|config| config.mdns = true).await;
-    assert!(!peer.addresses().is_empty());
-    assert!(matches!(peer.swarm.join_nearby(Duration::from_millis(50)).await, Ok(_) | Err(JoinError::NobodyNear(_))));
+async fn peers_of_the_local_network_find_each_other() {
+    let on_all_interfaces = |config: &mut SwarmConfig| {
+        config.mdns = true;
+        config.listen = vec!["/ip4/0.0.0.0/tcp/0".parse().unwrap()];
+    };
+    let _there = Peer::start(on_all_interfaces).await;
+    let peer = Peer::start(on_all_interfaces).await;
+    match peer.swarm.join_nearby(Duration::from_secs(5)).await {
+        // Not only with the one above, if other tests run on this machine.
+        Ok(_) => assert!(!peer.swarm.connected().is_empty()),
+        Err(JoinError::NobodyNear(_)) => println!("no multicast on this machine: nothing was tested"),
+        Err(other) => panic!("{other}"),
+    }
 }
