@@ -3,7 +3,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::model::{
     Dtype,
-    spec::{FfnSpec, HeadSpec, RopeScaling},
+    spec::{FfnSpec, HeadSpec, RopeScaling, RopeSpec},
 };
 
 fn fixture(family: &str) -> Value {
@@ -27,6 +27,10 @@ fn spec(family: &str, changes: Value) -> ModelSpec {
     changed(family, changes).unwrap()
 }
 
+fn rope(spec: &ModelSpec, block: usize) -> &RopeSpec {
+    spec.blocks[block].attention.rope.as_ref().unwrap()
+}
+
 /// Checks that each change is an error whose message has all the words.
 fn refused(family: &str, cases: &[(Value, &[&str])]) {
     for (change, words) in cases {
@@ -45,7 +49,7 @@ fn the_fixtures_are_understood() {
     let attention = &llama.blocks[3].attention;
     assert_eq!((attention.heads, attention.kv_heads, attention.head_size, attention.window), (4, 2, 16, None));
     assert_eq!(attention.q.weight, "model.layers.3.self_attn.q_proj.weight");
-    assert!(matches!(attention.rope.scaling, RopeScaling::Llama3 { original_context: 64, .. }));
+    assert!(matches!(rope(&llama, 3).scaling, RopeScaling::Llama3 { original_context: 64, .. }));
 
     let mistral = spec("mistral", json!({}));
     assert!(mistral.blocks.iter().all(|block| block.attention.window == Some(16)));
@@ -83,7 +87,7 @@ fn absent_fields_have_the_reference_s_defaults() {
     );
     let attention = &llama.blocks[0].attention;
     assert_eq!((attention.kv_heads, attention.head_size), (4, 16));
-    assert_eq!((attention.rope.theta, &attention.rope.scaling), (10_000.0, &RopeScaling::Default));
+    assert_eq!((rope(&llama, 0).theta, &rope(&llama, 0).scaling), (10_000.0, &RopeScaling::Default));
     assert_eq!(llama.stored_dtype, Dtype::F32);
     assert!(matches!(llama.edges.head, HeadSpec::Separate(_)));
     assert_eq!(spec("qwen3", json!({"head_dim": null})).blocks[0].attention.head_size, 128);
@@ -96,7 +100,7 @@ fn biases_are_where_the_configuration_says() {
     for linear in [&attention.q, &attention.k, &attention.v, &attention.o] {
         assert!(linear.bias.is_some());
     }
-    let FfnSpec::Gated { gate, up, down, .. } = &llama.blocks[1].ffn;
+    let FfnSpec::Gated { gate, up, down, .. } = &llama.blocks[1].ffn else { panic!("{:?}", llama.blocks[1].ffn) };
     for linear in [gate, up, down] {
         assert!(linear.bias.is_some());
     }
@@ -132,13 +136,16 @@ fn what_would_change_the_arithmetic_is_never_ignored() {
     refused(
         "llama",
         &[
-            (json!({"hidden_act": "gelu"}), &["hidden_act", "gelu", "silu"]),
+            (json!({"hidden_act": "mish"}), &["hidden_act", "mish", "silu"]),
             (json!({"quantization_config": {"quant_method": "awq"}}), &["quantization_config", "awq"]),
             (json!({"torch_dtype": "float8_e4m3fn"}), &["torch_dtype", "float8"]),
             (json!({"partial_rotary_factor": 0.5}), &["partial_rotary_factor", "0.5"]),
             (json!({"final_logit_softcapping": 30.0}), &["final_logit_softcapping"]),
-            (json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}), &["rope_scaling.rope_type", "yarn"]),
-            (json!({"rope_scaling": {"type": "dynamic", "factor": 4.0}}), &["rope_scaling.type", "dynamic"]),
+            (json!({"rope_scaling": {"type": "mrope", "factor": 4.0}}), &["rope_scaling.type", "mrope"]),
+            (
+                json!({"rope_scaling": {"type": "linear", "factor": 2, "partial_rotary_factor": 0.5}}),
+                &["partial_rotary"],
+            ),
             (json!({"rope_scaling": {"factor": 4.0}}), &["rope_scaling.factor"]),
             (json!({"rope_parameters": {"rope_theta": 1.0}}), &["rope_theta", "500000"]),
             (json!({"rope_theta": null, "rope_parameters": {"full_attention": {}}}), &["full_attention"]),
