@@ -23,6 +23,13 @@ use crate::model::{
     },
 };
 
+/// How often the linear biases are added, scaled as the scores are.
+///
+/// The reference outputs were made with the eager attention of transformers 5, which finds the biases in the mask and adds
+/// them to the scores once more; its `sdpa` attention, like the code that came with the models, adds them once. There is no
+/// telling from a checkpoint which one it wants, so this follows the reference.
+const ALIBI_COUNTS: f64 = 2.0;
+
 pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     let config = &config.with_defaults(&json!({ "max_position_embeddings": 2048, "activation": "gelu" }));
     let hidden = if config.has("n_embed") { "n_embed" } else { "hidden_size" };
@@ -61,8 +68,7 @@ pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
                 o: linear("self_attention.dense", hidden, q_width),
                 qk_norm: None,
                 rope: (!alibi).then(|| rope.clone()),
-                // The reference adds the bias before it scales the scores.
-                alibi: alibi.then_some(AlibiSpec { factor: scale, rounding: Dtype::Bf16 }),
+                alibi: alibi.then_some(AlibiSpec { factor: ALIBI_COUNTS * scale, rounding: Dtype::Bf16 }),
                 window: None,
                 soft_cap: None,
                 sinks: None,
