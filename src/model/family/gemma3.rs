@@ -23,6 +23,8 @@ pub(super) fn multimodal(config: &Config) -> Result<ModelSpec, ConfigError> {
     text.refuse_unsupported(GEMMA)?;
     let mut spec = spec(&text)?;
     spec.model_type = config.required("model_type")?;
+    // The reference caps the logits of the text model only.
+    spec.edges.logit_soft_cap = None;
     Ok(spec)
 }
 
@@ -34,6 +36,7 @@ pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
         "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 131_072, "query_pre_attn_scalar": 256,
         "sliding_window": 4096, "sliding_window_pattern": 6, "attention_bias": false, "tie_word_embeddings": true,
     }));
+    // `attn_logit_softcapping` is a leftover of Gemma 2: the reference never reads it.
     let pattern = config.size("sliding_window_pattern", decoder::MAX_BLOCKS)?;
     let slides = |block: usize| !(block + 1).is_multiple_of(pattern);
     let window = decoder::sliding_window(config)?;
