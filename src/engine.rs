@@ -18,8 +18,9 @@
 //! session's wire format after every block, whether or not it travels. All three hold bit for bit, for one checkpoint,
 //! engine dtype, wire dtype and width of the machine's vectors, and are tested in f32, bf16 and f16.
 //!
-//! Weights and the KV cache are kept in the engine's dtype; norms and biases, which are small, in f32. What is computed
-//! inside a block is in f32.
+//! Weights and the KV cache are kept in the engine's dtype; norms and biases, which are small, in f32; and matrices that
+//! a checkpoint stores in MXFP4 as they are, 4.25 bits a number, whatever the engine's dtype. What is computed inside a
+//! block is in f32.
 //!
 //! # Pages
 //!
@@ -33,15 +34,19 @@
 //! One thread runs the batcher and the passes. It belongs to a pool with a thread for each core, of which large products
 //! use the others; a small model's step never leaves its thread.
 
+mod alibi;
 mod attention;
 mod batcher;
 mod block;
 mod cache;
 mod edges;
+mod experts;
+mod ffn;
 mod hidden;
 mod job;
 mod linear;
 mod load;
+mod mxfp4;
 mod norm;
 mod pages;
 mod pass;
@@ -199,7 +204,7 @@ impl Engine {
         self.shared.dtype
     }
 
-    /// Bytes that the span's weights take in memory; matrices in the engine's dtype, norms and biases in f32.
+    /// Bytes that the span's weights take in memory; matrices in the engine's dtype or in MXFP4, norms and biases in f32.
     pub fn loaded_bytes(&self) -> u64 {
         self.shared.loaded_bytes
     }

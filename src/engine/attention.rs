@@ -9,6 +9,8 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::{
+    alibi::Alibi,
+    block::Batch,
     linear::Linear,
     load::{LoadError, Source},
     norm::Norm,
@@ -55,6 +57,7 @@ struct Kernel {
     window: Option<usize>,
     soft_cap: Option<f32>,
     sinks: Option<Vec<f32>>,
+    alibi: Option<Alibi>,
 }
 
 impl Attention {
@@ -77,21 +80,17 @@ impl Attention {
                 window: spec.window,
                 soft_cap: spec.soft_cap.map(|cap| cap as f32),
                 sinks: spec.sinks.as_ref().map(|name| source.vector(name, spec.heads)).transpose()?,
+                alibi: spec.alibi.as_ref().map(|alibi| Alibi::new(alibi, spec.heads)),
             },
         })
     }
 
     /// Attends from every row of `x`, `[rows, hidden]`, after writing the rows' own keys and values to the cache.
-    pub(super) fn forward(
-        &self,
-        x: &Tensor,
-        runs: &[RowRun<'_>],
-        angles: &Angles,
-        cache: &mut KvPlanes,
-    ) -> Result<Tensor, TensorError> {
+    pub(super) fn forward(&self, x: &Tensor, batch: &Batch<'_>, cache: &mut KvPlanes) -> Result<Tensor, TensorError> {
+        let runs = batch.runs;
         let qkv = self.qkv.forward(x)?;
         let mut qkv = tensor::with_f32(&qkv, <[f32]>::to_vec)?;
-        self.place(&mut qkv, angles);
+        self.place(&mut qkv, batch.angles);
         let mixed = match cache {
             KvPlanes::F32(planes) => self.kernel.run(&qkv, runs, planes),
             KvPlanes::Bf16(planes) => self.kernel.run(&qkv, runs, planes),
@@ -101,14 +100,19 @@ impl Attention {
     }
 
     /// Normalises and rotates the heads of all rows in place.
-    fn place(&self, qkv: &mut [f32], angles: &Angles) {
+    fn place(&self, qkv: &mut [f32], angles: Option<&Angles>) {
+        if angles.is_none() && self.q_norm.is_none() && self.k_norm.is_none() {
+            return;
+        }
         let Kernel { heads, kv_heads, head_size, .. } = self.kernel;
         for (row, values) in qkv.chunks_exact_mut(self.kernel.row_width()).enumerate() {
             for (index, head) in values.chunks_exact_mut(head_size).take(heads + kv_heads).enumerate() {
                 if let Some(norm) = if index < heads { &self.q_norm } else { &self.k_norm } {
                     norm.normalise(head);
                 }
-                angles.rotate(row, head);
+                if let Some(angles) = angles {
+                    angles.rotate(row, head);
+                }
             }
         }
     }
@@ -212,8 +216,9 @@ impl Kernel {
         // Where each row's view begins and ends, counted from `base`.
         let seen = |row: usize| self.first_seen(position + row) - base..position + row + 1 - base;
         for (index, scores) in scores.chunks_exact_mut(stride).enumerate() {
-            let sink = self.sinks.as_ref().map(|sinks| sinks[tile.kv_head * group + index % group]);
-            self.softmax(&mut scores[seen(index / group)], sink);
+            let head = tile.kv_head * group + index % group;
+            let seen = seen(index / group);
+            self.softmax(head, base + seen.start, &mut scores[seen]);
         }
         let mut mixed = vec![0.0; tile.rows * width];
         for (page, start, tokens) in pages() {
@@ -230,12 +235,17 @@ impl Kernel {
         mixed
     }
 
-    fn softmax(&self, scores: &mut [f32], sink: Option<f32>) {
+    /// From the products of `head` with the keys from position `first` on to their weights.
+    fn softmax(&self, head: usize, first: usize, scores: &mut [f32]) {
+        let sink = self.sinks.as_ref().map(|sinks| sinks[head]);
         let mut highest = sink.unwrap_or(f32::NEG_INFINITY);
-        for score in scores.iter_mut() {
+        for (index, score) in scores.iter_mut().enumerate() {
             *score *= self.scale;
             if let Some(cap) = self.soft_cap {
                 *score = cap * (*score / cap).tanh();
+            }
+            if let Some(alibi) = &self.alibi {
+                *score += alibi.bias(head, first + index);
             }
             highest = highest.max(*score);
         }

@@ -243,7 +243,13 @@ impl Active {
             blocks: self.job.cache.blocks(),
             wire: self.job.hidden.dtype,
             pieces: pieces
-                .map(|piece| Piece { position: piece.position, rows: piece.tokens, pages: table.pages(piece.lane) })
+                .map(|(run, piece)| Piece {
+                    position: piece.position,
+                    rows: piece.tokens,
+                    // The whole step's: it mustn't depend on how the step is cut into passes.
+                    rope_length: self.job.rope_length.unwrap_or(run.end()),
+                    pages: table.pages(piece.lane),
+                })
                 .collect(),
             input: self.job.hidden.rows_to_f32(self.done, rows),
         }
@@ -270,14 +276,14 @@ impl Active {
     }
 }
 
-/// The parts of `lanes` that lie in rows `first..first + count` of the step.
-fn pieces(lanes: &[LaneRun], first: usize, count: usize) -> impl Iterator<Item = LaneRun> {
+/// The runs of `lanes` that have a part in rows `first..first + count` of the step, and these parts.
+fn pieces(lanes: &[LaneRun], first: usize, count: usize) -> impl Iterator<Item = (&LaneRun, LaneRun)> {
     let mut start = 0;
     lanes.iter().filter_map(move |run| {
         let (from, to) = (first.max(start), (first + count).min(start + run.tokens));
         let position = run.position + from.saturating_sub(start);
         start += run.tokens;
-        (from < to).then(|| LaneRun { lane: run.lane, position, tokens: to - from })
+        (from < to).then(|| (run, LaneRun { lane: run.lane, position, tokens: to - from }))
     })
 }
 

@@ -1,12 +1,11 @@
 //! The one block: runs whatever a [`BlockSpec`] says.
 
 use candle_core::{Error as TensorError, Tensor};
-use rayon::prelude::*;
 
 use super::{
     attention::{Attention, RowRun},
+    ffn::Ffn,
     hidden,
-    linear::Linear,
     load::{LoadError, Source},
     norm::Norm,
     planes::KvPlanes,
@@ -15,39 +14,44 @@ use super::{
 };
 use crate::model::{
     Dtype,
-    spec::{Activation, BlockSpec, FfnSpec, ResidualOrder},
+    spec::{BlockSpec, NormSpec, ResidualOrder},
 };
-
-/// Numbers below which a second thread costs more than it saves.
-const MIN_PARALLEL: usize = 1 << 14;
 
 /// A loaded block.
 pub(super) struct Block {
     residual: ResidualOrder,
     attention_norm: Norm,
     attention: Attention,
-    ffn_norm: Norm,
+    attention_output_norm: Option<Norm>,
+    /// `None` if both parts read through the same norm.
+    ffn_norm: Option<Norm>,
     ffn: Ffn,
+    ffn_output_norm: Option<Norm>,
 }
 
 /// The rows of a pass at one block.
 pub(super) struct Batch<'a> {
     /// The rows by lane.
     pub(super) runs: &'a [RowRun<'a>],
-    /// Rotary angles of the rows.
-    pub(super) angles: &'a Angles,
+    /// Rotary angles of the rows, where the block has them.
+    pub(super) angles: Option<&'a Angles>,
     /// What the rows are rounded to, in order: so many rows to such a format.
     pub(super) wires: &'a [(usize, Dtype)],
 }
 
 impl Block {
     pub(super) fn load(spec: &BlockSpec, hidden: usize, source: &mut Source<'_>) -> Result<Self, LoadError> {
+        let shared = spec.residual == ResidualOrder::Parallel && spec.attention_norm == spec.ffn_norm;
+        let ffn_norm = Some(&spec.ffn_norm).filter(|_| !shared);
+        let mut norm = |spec: Option<&NormSpec>| spec.map(|spec| Norm::load(spec, hidden, source)).transpose();
         Ok(Self {
             residual: spec.residual,
+            ffn_norm: norm(ffn_norm)?,
+            attention_output_norm: norm(spec.attention_output_norm.as_ref())?,
+            ffn_output_norm: norm(spec.ffn_output_norm.as_ref())?,
             attention_norm: Norm::load(&spec.attention_norm, hidden, source)?,
             attention: Attention::load(&spec.attention, source)?,
-            ffn_norm: Norm::load(&spec.ffn_norm, hidden, source)?,
-            ffn: Ffn::load(&spec.ffn, source)?,
+            ffn: Ffn::load(&spec.ffn, hidden, source)?,
         })
     }
 
@@ -56,14 +60,39 @@ impl Block {
     /// The sums are in f32; what leaves the block is rounded to each row's wire format, whether or not it travels, so
     /// that the place of a cut between two nodes can't change a bit.
     pub(super) fn forward(&self, x: &Tensor, batch: &Batch<'_>, cache: &mut KvPlanes) -> Result<Tensor, TensorError> {
-        match self.residual {
+        let normed = self.attention_norm.forward(x)?;
+        let mixed = self.attention.forward(&normed, batch, cache)?;
+        let mixed = through(self.attention_output_norm.as_ref(), mixed)?;
+        let sum = match self.residual {
             ResidualOrder::Sequential => {
-                let normed = self.attention_norm.forward(x)?;
-                let x = tensor::add(x, &self.attention.forward(&normed, batch.runs, batch.angles, cache)?)?;
-                let normed = self.ffn_norm.forward(&x)?;
-                round(tensor::add(&x, &self.ffn.forward(&normed)?)?, batch.wires)
+                let x = tensor::add(x, &mixed)?;
+                tensor::add(&x, &self.ffn(&through(self.ffn_norm.as_ref(), x.clone())?)?)?
             }
-        }
+            ResidualOrder::Parallel => {
+                let read = match &self.ffn_norm {
+                    Some(norm) => norm.forward(x)?,
+                    None => normed,
+                };
+                tensor::add(x, &tensor::add(&mixed, &self.ffn(&read)?)?)?
+            }
+            ResidualOrder::AfterNorm => {
+                let x = through(self.ffn_norm.as_ref(), tensor::add(&normed, &mixed)?)?;
+                tensor::add(&x, &self.ffn(&x)?)?
+            }
+        };
+        round(sum, batch.wires)
+    }
+
+    fn ffn(&self, x: &Tensor) -> Result<Tensor, TensorError> {
+        through(self.ffn_output_norm.as_ref(), self.ffn.forward(x)?)
+    }
+}
+
+/// `x`, normalised where there is a norm.
+fn through(norm: Option<&Norm>, x: Tensor) -> Result<Tensor, TensorError> {
+    match norm {
+        Some(norm) => norm.forward(&x),
+        None => Ok(x),
     }
 }
 
@@ -81,54 +110,4 @@ fn round(x: Tensor, wires: &[(usize, Dtype)]) -> Result<Tensor, TensorError> {
         rest = others;
     }
     tensor::matrix(values, width)
-}
-
-enum Ffn {
-    Gated { activation: Activation, gate_up: Linear, down: Linear, intermediate: usize },
-}
-
-impl Ffn {
-    fn load(spec: &FfnSpec, source: &mut Source<'_>) -> Result<Self, LoadError> {
-        match spec {
-            FfnSpec::Gated { activation, gate, up, down } => Ok(Self::Gated {
-                activation: *activation,
-                gate_up: Linear::load(&[gate, up], source)?,
-                down: Linear::load(&[down], source)?,
-                intermediate: gate.outputs,
-            }),
-        }
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor, TensorError> {
-        match self {
-            Self::Gated { activation, gate_up, down, intermediate } => {
-                let both = gate_up.forward(x)?;
-                let gated = tensor::with_f32(&both, |both| gated(both, *intermediate, *activation))?;
-                down.forward(&tensor::matrix(gated, *intermediate)?)
-            }
-        }
-    }
-}
-
-/// `activation(gate) · up`, from `[rows, gate and up]` to `[rows, width]`.
-fn gated(both: &[f32], width: usize, activation: Activation) -> Vec<f32> {
-    let mut product = vec![0.0; both.len() / 2];
-    let row = |(product, both): (&mut [f32], &[f32])| {
-        let (gate, up) = both.split_at(width);
-        for ((product, gate), up) in product.iter_mut().zip(gate).zip(up) {
-            *product = activate(activation, *gate) * up;
-        }
-    };
-    if product.len() < MIN_PARALLEL {
-        product.chunks_exact_mut(width).zip(both.chunks_exact(2 * width)).for_each(row);
-    } else {
-        product.par_chunks_exact_mut(width).zip(both.par_chunks_exact(2 * width)).for_each(row);
-    }
-    product
-}
-
-fn activate(activation: Activation, x: f32) -> f32 {
-    match activation {
-        Activation::Silu => x / (1.0 + (-x).exp()),
-    }
 }

@@ -5,7 +5,7 @@ use candle_core::Tensor;
 
 use super::{
     DeviceChoice,
-    hidden::HiddenStates,
+    hidden::{self, HiddenStates},
     linear::Linear,
     load::{LoadError, Source},
     norm::Norm,
@@ -30,8 +30,14 @@ pub struct EdgesOptions {
 pub struct Edges {
     /// `[vocab, hidden]`.
     embedding: Tensor,
+    /// What embeddings are multiplied by.
+    scale: Option<f32>,
+    /// What embeddings and scaled embeddings are kept in.
+    dtype: Dtype,
+    embedding_norm: Option<Norm>,
     final_norm: Norm,
     head: Linear,
+    soft_cap: Option<f32>,
     hidden: usize,
     vocab: usize,
 }
@@ -80,16 +86,32 @@ impl Edges {
     pub fn load(checkpoint: &Checkpoint, options: EdgesOptions) -> Result<Self, LoadError> {
         options.device.check()?;
         let spec = checkpoint.spec();
-        let (hidden, vocab) = (spec.hidden_size, spec.vocab_size);
+        let (width, vocab) = (spec.hidden_size, spec.vocab_size);
         let mut source = Source::new(checkpoint, options.dtype);
-        let table = LinearSpec { weight: spec.edges.embedding.clone(), bias: None, outputs: vocab, inputs: hidden };
+        let table =
+            LinearSpec { weight: spec.edges.embedding.clone(), bias: None, outputs: vocab, inputs: width, rows: None };
         let embedding = source.matrix(&[&table])?;
         let head = match &spec.edges.head {
             HeadSpec::Tied => Linear::new(embedding.clone(), None)?,
             HeadSpec::Separate(head) => Linear::load(&[head], &mut source)?,
         };
-        let final_norm = Norm::load(&spec.edges.final_norm, hidden, &mut source)?;
-        Ok(Self { embedding, final_norm, head, hidden, vocab })
+        let scale = spec.edges.embedding_scale.map(|scale| {
+            let mut scale = [scale as f32];
+            hidden::round(options.dtype, &mut scale);
+            scale[0]
+        });
+        let embedding_norm = spec.edges.embedding_norm.as_ref();
+        Ok(Self {
+            embedding,
+            scale,
+            dtype: options.dtype,
+            embedding_norm: embedding_norm.map(|norm| Norm::load(norm, width, &mut source)).transpose()?,
+            final_norm: Norm::load(&spec.edges.final_norm, width, &mut source)?,
+            head,
+            soft_cap: spec.edges.logit_soft_cap.map(|cap| cap as f32),
+            hidden: width,
+            vocab,
+        })
     }
 
     /// Size of the vocabulary.
@@ -107,11 +129,18 @@ impl Edges {
         }
         let width = self.hidden;
         let rows = || ids.iter().map(|id| *id as usize * width);
-        let values: Vec<f32> = tensor::with_slice(&self.embedding, |table| match table {
+        let mut values: Vec<f32> = tensor::with_slice(&self.embedding, |table| match table {
             Slice::F32(table) => rows().flat_map(|at| &table[at..at + width]).copied().collect(),
             Slice::Bf16(table) => rows().flat_map(|at| &table[at..at + width]).map(|value| value.to_f32()).collect(),
             Slice::F16(table) => rows().flat_map(|at| &table[at..at + width]).map(|value| value.to_f32()).collect(),
         })?;
+        if let Some(scale) = self.scale {
+            values.iter_mut().for_each(|value| *value *= scale);
+            hidden::round(self.dtype, &mut values);
+        }
+        if let Some(norm) = &self.embedding_norm {
+            values.chunks_exact_mut(width).for_each(|row| norm.normalise(row));
+        }
         Ok(HiddenStates::from_f32(wire, width, &values))
     }
 
@@ -130,6 +159,10 @@ impl Edges {
             return Ok(Vec::new());
         }
         let normed = self.final_norm.forward(&tensor::matrix(hidden.to_f32(), self.hidden)?)?;
-        Ok(tensor::with_f32(&self.head.forward(&normed)?, <[f32]>::to_vec)?)
+        let mut logits = tensor::with_f32(&self.head.forward(&normed)?, <[f32]>::to_vec)?;
+        if let Some(cap) = self.soft_cap {
+            logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
+        }
+        Ok(logits)
     }
 }

@@ -17,7 +17,8 @@ pub struct Job {
     pub lanes: Vec<LaneRun>,
     /// The rows, `[tokens of all lanes, hidden]`.
     pub hidden: HiddenStates,
-    /// The length that length-dependent rotary factors are taken for. No scaling that is supported so far depends on it.
+    /// The length that rotary factors are taken for, where they depend on one (dynamic and LongRoPE scaling): the
+    /// prompt's for each of its chunks, then position + 1. If `None`, of each lane the length that it has after the step.
     pub rope_length: Option<usize>,
     /// The rows of the output that are wanted.
     pub keep: Keep,

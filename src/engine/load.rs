@@ -4,11 +4,11 @@ use std::io;
 
 use candle_core::Tensor;
 
-use super::{pages::PAGE_TOKENS, tensor};
+use super::{mxfp4::Mxfp4, pages::PAGE_TOKENS, tensor};
 use crate::model::{
     Dtype,
-    checkpoint::{Checkpoint, CheckpointError},
-    spec::LinearSpec,
+    checkpoint::{Checkpoint, CheckpointError, TensorData},
+    spec::{LinearSpec, MXFP4_GROUP},
 };
 
 /// Why a span or the edges can't be loaded.
@@ -64,16 +64,57 @@ impl<'a> Source<'a> {
 
     /// A vector in f32.
     pub(super) fn vector(&mut self, name: &str, width: usize) -> Result<Vec<f32>, LoadError> {
-        let values = tensor::to_f32(&self.checkpoint.read(name, &[width])?);
+        self.vector_of(name, &[width])
+    }
+
+    /// The numbers of a small tensor of any shape in f32.
+    pub(super) fn vector_of(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>, LoadError> {
+        let values = tensor::to_f32(&self.checkpoint.read(name, shape)?);
+        self.loaded_bytes += size_of_val(&values[..]) as u64;
+        Ok(values)
+    }
+
+    /// The bias of a layer that has one, in f32; empty where it has none.
+    pub(super) fn bias(&mut self, part: &LinearSpec) -> Result<Vec<f32>, LoadError> {
+        let Some(name) = &part.bias else { return Ok(Vec::new()) };
+        let values = tensor::to_f32(&self.rows(name, &[part.stored_rows()], part)?);
         self.loaded_bytes += size_of_val(&values[..]) as u64;
         Ok(values)
     }
 
     /// Matrices one below the other, in the engine's dtype.
     pub(super) fn matrix(&mut self, parts: &[&LinearSpec]) -> Result<Tensor, LoadError> {
-        let read = |part: &&LinearSpec| self.checkpoint.read(&part.weight, &[part.outputs, part.inputs]);
+        let read = |part: &&LinearSpec| self.rows(&part.weight, &[part.stored_rows(), part.inputs], part);
         let parts: Vec<_> = parts.iter().map(read).collect::<Result<_, _>>()?;
-        let matrix = tensor::stack(&parts, self.dtype)?;
+        self.keep(&parts)
+    }
+
+    /// The rows of a tensor that are `part`.
+    fn rows(&self, name: &str, shape: &[usize], part: &LinearSpec) -> Result<TensorData, CheckpointError> {
+        match &part.rows {
+            Some(rows) => self.checkpoint.read_rows(name, shape, rows.runs(part.outputs)),
+            None => self.checkpoint.read(name, shape),
+        }
+    }
+
+    /// Matrix `index` of the tensor `name`, `[count, inputs, outputs]`, transposed, in the engine's dtype.
+    pub(super) fn transposed(&mut self, name: &str, index: usize, shape: [usize; 3]) -> Result<Tensor, LoadError> {
+        let data = self.checkpoint.read_rows(name, &shape, std::iter::once(index..index + 1))?;
+        self.keep(&[tensor::transposed(&data, shape[1], shape[2])])
+    }
+
+    /// Blocks `[count, outputs, inputs / 32]` of the matrices `name`.
+    pub(super) fn mxfp4(&mut self, name: &str, shape: [usize; 3]) -> Result<Vec<Mxfp4>, LoadError> {
+        let [count, outputs, groups] = shape;
+        let codes = [count, outputs, groups, MXFP4_GROUP / 2];
+        let codes = self.checkpoint.read_bytes(&format!("{name}_blocks"), &codes)?;
+        let scales = self.checkpoint.read_bytes(&format!("{name}_scales"), &shape)?;
+        self.loaded_bytes += (codes.len() + scales.len()) as u64;
+        Ok(Mxfp4::blocks(&codes, &scales))
+    }
+
+    fn keep(&mut self, parts: &[TensorData]) -> Result<Tensor, LoadError> {
+        let matrix = tensor::stack(parts, self.dtype)?;
         self.loaded_bytes += tensor::size_in_bytes(&matrix);
         Ok(matrix)
     }

@@ -30,7 +30,7 @@ pub(super) struct Span {
 struct LoadedBlock {
     block: Block,
     cache: KvPlanes,
-    rope: usize,
+    rope: Option<usize>,
 }
 
 /// Rows of one step in a pass.
@@ -49,6 +49,8 @@ pub(super) struct Segment<'a> {
 pub(super) struct Piece<'a> {
     pub(super) position: usize,
     pub(super) rows: usize,
+    /// The length that rotary factors are taken for, where they depend on one.
+    pub(super) rope_length: usize,
     /// The lane's pages, enough for these rows.
     pub(super) pages: &'a [PageId],
 }
@@ -78,10 +80,12 @@ impl Span {
         progress(0, span.len());
         for (done, block) in spec.blocks[span.clone()].iter().enumerate() {
             let attention = &block.attention;
-            let key = (&attention.rope, attention.head_size);
-            let rope = rope_specs.iter().position(|known| *known == key).unwrap_or_else(|| {
-                rope_specs.push(key);
-                rope_specs.len() - 1
+            let rope = attention.rope.as_ref().map(|rope| {
+                let key = (rope, attention.head_size);
+                rope_specs.iter().position(|known| *known == key).unwrap_or_else(|| {
+                    rope_specs.push(key);
+                    rope_specs.len() - 1
+                })
             });
             blocks.push(LoadedBlock {
                 block: Block::load(block, spec.hidden_size, source)?,
@@ -124,7 +128,8 @@ impl Span {
             };
             for index in stretch {
                 let loaded = &mut self.blocks[index - self.first];
-                let batch = Batch { runs: &group.runs, angles: &angles[loaded.rope], wires: &group.wires };
+                let batch =
+                    Batch { runs: &group.runs, angles: loaded.rope.map(|rope| &angles[rope]), wires: &group.wires };
                 x = loaded.block.forward(&x, &batch, &mut loaded.cache)?;
                 group.find_flaws(&x, index, &mut flaws)?;
             }
@@ -140,14 +145,17 @@ impl Span {
     }
 
     fn angles(&self, group: &Group<'_>) -> Vec<Angles> {
-        let positions = || group.runs.iter().flat_map(|run| run.position..run.position + run.rows);
-        self.ropes.iter().map(|rope| rope.angles(positions())).collect()
+        let positions = |run: &RowRun<'_>| run.position..run.position + run.rows;
+        let runs = || group.runs.iter().map(positions).zip(group.rope_lengths.iter().copied());
+        self.ropes.iter().map(|rope| rope.angles(runs())).collect()
     }
 }
 
 /// Segments laid end to end.
 struct Group<'a> {
     runs: Vec<RowRun<'a>>,
+    /// Of each run.
+    rope_lengths: Vec<usize>,
     wires: Vec<(usize, Dtype)>,
     /// First row and number of rows of each segment.
     places: Vec<(usize, usize)>,
@@ -157,11 +165,18 @@ struct Group<'a> {
 
 impl<'a> Group<'a> {
     fn new(segments: &'a [Segment<'a>], members: &[usize]) -> Self {
-        let mut group = Self { runs: Vec::new(), wires: Vec::new(), places: Vec::new(), members: members.to_vec() };
+        let mut group = Self {
+            runs: Vec::new(),
+            rope_lengths: Vec::new(),
+            wires: Vec::new(),
+            places: Vec::new(),
+            members: members.to_vec(),
+        };
         let mut row = 0;
         for segment in members.iter().map(|index| &segments[*index]) {
             let start = row;
-            for Piece { position, rows, pages } in &segment.pieces {
+            for Piece { position, rows, rope_length, pages } in &segment.pieces {
+                group.rope_lengths.push(*rope_length);
                 group.runs.push(RowRun { first_row: row, rows: *rows, position: *position, pages });
                 row += rows;
             }

@@ -24,29 +24,37 @@ const MIN_PARALLEL: usize = 1 << 20;
 /// Parts that a large product is cut into for each thread, so that an uneven split evens out.
 const PARTS_PER_THREAD: usize = 4;
 
-/// A format that weights and caches are kept in.
-pub(super) trait Stored: Copy + Send + Sync {
-    /// `values` as f32: themselves, or widened into `scratch`, which is as long.
-    fn widen<'a>(values: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32];
-    /// Rounds to this format.
-    fn narrow(value: f32) -> Self;
-    /// Whether [`Stored::widen`] uses its scratch.
+/// A format that weights are kept in.
+pub(super) trait Packed: Copy + Send + Sync {
+    /// Numbers that one element stands for. It divides the width of a matrix.
+    const NUMBERS: usize = 1;
+    /// Whether [`Packed::widen`] uses its scratch.
     const WIDENS: bool = true;
+    /// `values` as f32: themselves, or widened into `scratch`, which has room for their numbers.
+    fn widen<'a>(values: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32];
 }
 
-impl Stored for f32 {
+/// A format that caches are kept in, too.
+pub(super) trait Stored: Packed {
+    /// Rounds to this format.
+    fn narrow(value: f32) -> Self;
+}
+
+impl Packed for f32 {
     const WIDENS: bool = false;
 
     fn widen<'a>(values: &'a [Self], _scratch: &'a mut [f32]) -> &'a [f32] {
         values
     }
+}
 
+impl Stored for f32 {
     fn narrow(value: f32) -> Self {
         value
     }
 }
 
-impl Stored for bf16 {
+impl Packed for bf16 {
     fn widen<'a>(values: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32] {
         let scratch = &mut scratch[..values.len()];
         Arch::new().dispatch(|| {
@@ -57,13 +65,15 @@ impl Stored for bf16 {
         });
         scratch
     }
+}
 
+impl Stored for bf16 {
     fn narrow(value: f32) -> Self {
         bf16::from_f32(value)
     }
 }
 
-impl Stored for f16 {
+impl Packed for f16 {
     fn widen<'a>(values: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32] {
         let scratch = &mut scratch[..values.len()];
         Arch::new().dispatch(|| {
@@ -73,7 +83,9 @@ impl Stored for f16 {
         });
         scratch
     }
+}
 
+impl Stored for f16 {
     fn narrow(value: f32) -> Self {
         f16::from_f32(value)
     }
@@ -98,24 +110,25 @@ fn widen_half(half: u16) -> f32 {
 }
 
 /// `x · wᵀ` for `x` of `[rows, inputs]` and `w` of `[outputs, inputs]`: `[rows, outputs]`.
-pub(super) fn product<T: Stored>(x: &[f32], w: &[T], inputs: usize) -> Vec<f32> {
-    let (rows, outputs) = (x.len() / inputs, w.len() / inputs);
+pub(super) fn product<T: Packed>(x: &[f32], w: &[T], inputs: usize) -> Vec<f32> {
+    let width = inputs / T::NUMBERS;
+    let (rows, outputs) = (x.len() / inputs, w.len() / width);
     let mut y = vec![0.0; rows * outputs];
     let threads = rayon::current_num_threads();
-    if threads < 2 || rows * w.len() < MIN_PARALLEL {
+    if threads < 2 || x.len() * outputs < MIN_PARALLEL {
         columns(x, w, inputs, &mut y);
         return y;
     }
     let part = outputs.div_ceil(threads * PARTS_PER_THREAD).next_multiple_of(LONE_ROW_TILE);
     if rows == 1 {
-        y.par_chunks_mut(part).zip(w.par_chunks(part * inputs)).for_each(|(y, w)| columns(x, w, inputs, y));
+        y.par_chunks_mut(part).zip(w.par_chunks(part * width)).for_each(|(y, w)| columns(x, w, inputs, y));
         return y;
     }
     // Each part writes a matrix of its own, `[rows, part]`; they are then put side by side.
     let parts: Vec<Vec<f32>> = w
-        .par_chunks(part * inputs)
+        .par_chunks(part * width)
         .map(|w| {
-            let mut y = vec![0.0; rows * (w.len() / inputs)];
+            let mut y = vec![0.0; rows * (w.len() / width)];
             columns(x, w, inputs, &mut y);
             y
         })
@@ -132,13 +145,14 @@ pub(super) fn product<T: Stored>(x: &[f32], w: &[T], inputs: usize) -> Vec<f32> 
 }
 
 /// The product on one thread.
-fn columns<T: Stored>(x: &[f32], w: &[T], inputs: usize, y: &mut [f32]) {
-    let outputs = w.len() / inputs;
+fn columns<T: Packed>(x: &[f32], w: &[T], inputs: usize, y: &mut [f32]) {
+    let width = inputs / T::NUMBERS;
+    let outputs = w.len() / width;
     let bytes = if x.len() > TILE * inputs { PANEL_BYTES } else { SMALL_PANEL_BYTES };
     // A multiple of every tile's outputs, so that only the last panel has a remainder.
     let panel = (bytes / size_of::<f32>() / inputs).clamp(1, outputs.max(1)).next_multiple_of(3 * LONE_ROW_TILE);
     let mut scratch = vec![0.0; if T::WIDENS { panel.min(outputs) * inputs } else { 0 }];
-    for (index, stored) in w.chunks(panel * inputs).enumerate() {
+    for (index, stored) in w.chunks(panel * width).enumerate() {
         let w = T::widen(stored, &mut scratch);
         product_f32(Matrices { x, w, inputs, y, stride: outputs, column: index * panel });
     }

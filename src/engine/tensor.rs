@@ -92,6 +92,18 @@ pub(super) fn stack(parts: &[TensorData], dtype: Dtype) -> Result<Tensor> {
     }
 }
 
+/// `data`, `[…, rows, columns]` with a product of one for what comes first, as `[columns, rows]`.
+pub(super) fn transposed(data: &TensorData, rows: usize, columns: usize) -> TensorData {
+    let size = data.dtype.size_in_bytes();
+    let mut bytes = Vec::with_capacity(data.bytes.len());
+    for column in 0..columns {
+        for row in 0..rows {
+            bytes.extend_from_slice(&data.bytes[(row * columns + column) * size..][..size]);
+        }
+    }
+    TensorData { dtype: data.dtype, shape: vec![columns, rows], bytes }
+}
+
 fn converted<T>(parts: &[TensorData], count: usize, convert: impl Fn(f32) -> T) -> Vec<T> {
     let mut values = Vec::with_capacity(count);
     parts.iter().for_each(|part| extend(&mut values, part, &convert));

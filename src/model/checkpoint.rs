@@ -14,6 +14,7 @@ mod shard;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
+    ops::Range,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -29,7 +30,7 @@ const INDEX: &str = "model.safetensors.index.json";
 /// Far above any configuration or index; keeps a wrong file from being read into memory.
 const MAX_JSON_BYTES: u64 = 64 << 20;
 /// Prefixes that some checkpoints have and others lack: the base model is saved without them.
-const OPTIONAL_PREFIXES: [&str; 1] = ["model."];
+const BASE_PREFIXES: [&str; 2] = ["model.", "transformer."];
 
 /// A tensor as it is stored.
 #[derive(Debug, Clone)]
@@ -106,13 +107,42 @@ impl Checkpoint {
         names.into_iter().map(path).collect()
     }
 
-    /// Reads the bytes of one tensor, and checks that it has the shape `expected`.
+    /// Reads one tensor of floating point numbers, and checks that it has the shape `expected`.
     ///
-    /// A name is found with and without the `model.` prefix.
+    /// A name is found in each of its [`spellings`].
     ///
     /// # Errors
     /// No file has the tensor, its file is missing or broken, or its shape or dtype is not what it should be.
     pub fn read(&self, name: &str, expected: &[usize]) -> Result<TensorData, CheckpointError> {
+        let (shard, name) = self.find(name)?;
+        shard.read(&name, expected)
+    }
+
+    /// Like [`Checkpoint::read`], of the rows (entries of the first dimension) in `rows` and nothing else, in that order.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::read`], and rows that the tensor hasn't got.
+    pub fn read_rows(
+        &self,
+        name: &str,
+        expected: &[usize],
+        rows: impl Iterator<Item = Range<usize>>,
+    ) -> Result<TensorData, CheckpointError> {
+        let (shard, name) = self.find(name)?;
+        shard.read_rows(&name, expected, rows)
+    }
+
+    /// Like [`Checkpoint::read`], for a tensor of bytes.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::read`].
+    pub fn read_bytes(&self, name: &str, expected: &[usize]) -> Result<Vec<u8>, CheckpointError> {
+        let (shard, name) = self.find(name)?;
+        shard.read_bytes(&name, expected)
+    }
+
+    /// The file that has the tensor, and the spelling of its name there.
+    fn find(&self, name: &str) -> Result<(Arc<Shard>, String), CheckpointError> {
         for name in spellings(name) {
             let file = match &self.layout {
                 Layout::Single => SINGLE,
@@ -123,7 +153,7 @@ impl Checkpoint {
             };
             let shard = self.shard(file)?;
             if shard.has(&name) {
-                return shard.read(&name, expected);
+                return Ok((shard, name));
             }
             if let Layout::Sharded(_) = self.layout {
                 return Err(CheckpointError::MissingTensor { name, searched: self.dir.join(file) });
@@ -192,10 +222,14 @@ impl Layout {
     }
 }
 
-/// The names under which a tensor may be stored.
-fn spellings(name: &str) -> Vec<String> {
+/// The names under which a tensor may be stored: as it is called here, without the base model's prefix, and inside a
+/// multimodal checkpoint, whose language model is one part of several.
+pub(crate) fn spellings(name: &str) -> Vec<String> {
     let mut names = vec![name.to_owned()];
-    names.extend(OPTIONAL_PREFIXES.iter().filter_map(|prefix| name.strip_prefix(prefix)).map(str::to_owned));
+    if let Some(bare) = BASE_PREFIXES.iter().find_map(|prefix| name.strip_prefix(prefix)) {
+        names.extend([bare.to_owned(), format!("model.language_model.{bare}"), format!("language_model.{bare}")]);
+    }
+    names.push(format!("language_model.{name}"));
     names
 }
 

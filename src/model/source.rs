@@ -6,7 +6,7 @@
 use std::{collections::HashSet, ops::Range, path::Path};
 
 use super::{
-    checkpoint::{Checkpoint, CheckpointError},
+    checkpoint::{Checkpoint, CheckpointError, spellings},
     family,
     fingerprint::Fingerprint,
     hub::{HubError, HubOptions, ModelFiles, default_dht_prefix},
@@ -100,10 +100,9 @@ impl ModelSource {
     }
 
     async fn fetch(&self, tensors: impl IntoIterator<Item = TensorSpec>) -> Result<Checkpoint, SourceError> {
-        let names: HashSet<String> = tensors.into_iter().map(|tensor| tensor.name).collect();
-        // Checkpoints name tensors with or without the model's prefix.
-        let wanted = |name: &str| names.contains(name) || names.contains(&format!("model.{name}"));
-        self.files.fetch_weights(&wanted).await?;
+        // Checkpoints name tensors in several ways.
+        let names: HashSet<String> = tensors.into_iter().flat_map(|tensor| spellings(&tensor.name)).collect();
+        self.files.fetch_weights(&|name: &str| names.contains(name)).await?;
         Ok(Checkpoint::open(self.files.dir())?)
     }
 }

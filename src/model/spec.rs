@@ -14,9 +14,14 @@
 //! Optional fields are left out of [`ModelSpec::canonical`] while they are `None`, so that a new one doesn't change the
 //! fingerprint of the models that don't use it.
 
+mod tensors;
+
 use serde::Serialize;
 
 use super::Dtype;
+pub(crate) use tensors::expert_name;
+use tensors::without_repetitions;
+pub use tensors::{MXFP4_GROUP, TensorSpec, Values};
 
 /// Everything that the arithmetic of a model depends on, but for the weights.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -48,10 +53,16 @@ pub struct BlockSpec {
     pub attention_norm: NormSpec,
     /// Attention.
     pub attention: AttentionSpec,
+    /// The norm that attention's output goes through before it is added.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attention_output_norm: Option<NormSpec>,
     /// The norm that the feed-forward part reads through.
     pub ffn_norm: NormSpec,
     /// The feed-forward part.
     pub ffn: FfnSpec,
+    /// The norm that the feed-forward part's output goes through before it is added.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ffn_output_norm: Option<NormSpec>,
 }
 
 /// How a block's parts are added to the residual stream.
@@ -60,6 +71,11 @@ pub struct BlockSpec {
 pub enum ResidualOrder {
     /// `x += attention(norm(x)); x += ffn(norm(x))`.
     Sequential,
+    /// `x += attention(norm(x)) + ffn(norm(x))`: both read the same `x` (Wang and Komatsuzaki 2021).
+    Parallel,
+    /// `y = norm(x); x = y + attention(y); z = norm(x); x = z + ffn(z)`: the normalised stream is what is added to, which
+    /// the configurations call `apply_residual_connection_post_layernorm`.
+    AfterNorm,
 }
 
 /// A normalisation over the last dimension.
@@ -71,6 +87,17 @@ pub struct NormSpec {
     pub epsilon: f64,
     /// Tensor of the scale, `[width]`.
     pub weight: String,
+    /// Tensor of what is added at the end, `[width]`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bias: Option<String>,
+}
+
+impl NormSpec {
+    /// A layer norm with a bias: tensors `<name>.weight` and `<name>.bias`.
+    pub fn layer(name: &str, epsilon: f64) -> Self {
+        let [weight, bias] = ["weight", "bias"].map(|tensor| format!("{name}.{tensor}"));
+        Self { kind: NormKind::Layer, epsilon, weight, bias: Some(bias) }
+    }
 }
 
 /// Formulas of normalisation.
@@ -79,9 +106,13 @@ pub struct NormSpec {
 pub enum NormKind {
     /// `x / sqrt(mean(x²) + ε) · weight` (Zhang and Sennrich 2019).
     Rms,
+    /// Like [`NormKind::Rms`] with `1 + weight` for the weight, as Gemma's checkpoints store it.
+    RmsPlusOne,
+    /// `(x − mean(x)) / sqrt(variance(x) + ε) · weight + bias` (Ba et al. 2016).
+    Layer,
 }
 
-/// A matrix `[outputs, inputs]` and perhaps a bias `[outputs]`.
+/// A matrix `[outputs, inputs]` and perhaps a bias `[outputs]`: tensors of their own, or some rows of larger ones.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct LinearSpec {
     /// Tensor of the matrix.
@@ -93,9 +124,25 @@ pub struct LinearSpec {
     pub outputs: usize,
     /// Columns of the matrix.
     pub inputs: usize,
+    /// Which rows of the tensors they are; all of them if `None`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rows: Option<RowsSpec>,
 }
 
-/// Grouped-query attention with rotary positions.
+/// Rows of a tensor in which several matrices are stored as one: `run` of them in every `stride`, from `first` on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct RowsSpec {
+    /// Rows that the tensor has.
+    pub of: usize,
+    /// The first row.
+    pub first: usize,
+    /// Rows that follow each other.
+    pub run: usize,
+    /// From the first row of one run to that of the next.
+    pub stride: usize,
+}
+
+/// Grouped-query attention.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct AttentionSpec {
     /// Query heads.
@@ -118,7 +165,11 @@ pub struct AttentionSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub qk_norm: Option<QkNorm>,
     /// Rotary positions.
-    pub rope: RopeSpec,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rope: Option<RopeSpec>,
+    /// Positions as a bias of the scores.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alibi: Option<AlibiSpec>,
     /// A token sees this many tokens, itself included; all that precede it if `None`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub window: Option<usize>,
@@ -139,14 +190,27 @@ pub struct QkNorm {
     pub k: NormSpec,
 }
 
-/// Rotary position embedding over the whole head, halves rotated against each other (Su et al. 2021, in the order
-/// of the Hugging Face checkpoints).
+/// Attention with linear biases (Press et al. 2022): to the score of a key at position `p`, head `h` adds
+/// `factor · slope(h) · p`. The softmax only sees differences, so that this is a penalty on distance.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct AlibiSpec {
+    /// What the bias is multiplied by.
+    pub factor: f64,
+    /// What slopes, positions and their products are rounded to.
+    pub rounding: Dtype,
+}
+
+/// Rotary position embedding, halves rotated against each other (Su et al. 2021, in the order of the Hugging Face
+/// checkpoints).
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RopeSpec {
     /// The base: pair `i` of `n` turns by `theta^(-i/n)` a token.
     pub theta: f64,
     /// How the frequencies are stretched for longer contexts.
     pub scaling: RopeScaling,
+    /// So many numbers of a head, from its first, are rotated; all of them if `None`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub width: Option<usize>,
 }
 
 /// How rotary frequencies are stretched.
@@ -171,6 +235,40 @@ pub enum RopeScaling {
         /// The context that the model was first trained with.
         original_context: usize,
     },
+    /// The base grows with the length of the sequence, once that is above the original context (dynamic NTK).
+    Dynamic {
+        /// How much faster than the length.
+        factor: f64,
+        /// The context that the model was trained with.
+        original_context: usize,
+    },
+    /// YaRN (Peng et al. 2023): low frequencies divided by `factor`, high ones kept, those between blended.
+    Yarn {
+        /// Divisor of the low frequencies.
+        factor: f64,
+        /// Frequencies that turn more often than this within the original context are kept.
+        beta_fast: f64,
+        /// Those that turn less often than this are divided.
+        beta_slow: f64,
+        /// The context that the model was first trained with.
+        original_context: usize,
+        /// What rotated queries and keys are multiplied by.
+        attention_factor: f64,
+        /// Whether the bounds of the blend are rounded outwards to whole pairs.
+        truncate: bool,
+    },
+    /// LongRoPE (Ding et al. 2024): each frequency has a divisor of its own, and there is a second set of them for
+    /// sequences that are longer than the original context.
+    Longrope {
+        /// Divisors up to the original context.
+        short_factor: Vec<f64>,
+        /// Divisors above it.
+        long_factor: Vec<f64>,
+        /// The context that the model was first trained with.
+        original_context: usize,
+        /// What rotated queries and keys are multiplied by.
+        attention_factor: f64,
+    },
 }
 
 /// The feed-forward part.
@@ -188,6 +286,17 @@ pub enum FfnSpec {
         /// `[hidden, intermediate]`.
         down: LinearSpec,
     },
+    /// `down(activation(up(x)))`.
+    Plain {
+        /// Between the two.
+        activation: Activation,
+        /// `[intermediate, hidden]`.
+        up: LinearSpec,
+        /// `[hidden, intermediate]`.
+        down: LinearSpec,
+    },
+    /// Several gated parts, of which a router chooses some for each token.
+    Experts(ExpertsSpec),
 }
 
 /// Activation functions.
@@ -196,6 +305,95 @@ pub enum FfnSpec {
 pub enum Activation {
     /// `x · sigmoid(x)`.
     Silu,
+    /// `x · Φ(x)` with the normal distribution's Φ (Hendrycks and Gimpel 2016).
+    Gelu,
+    /// `x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))`.
+    GeluTanh,
+    /// `max(x, 0)`.
+    Relu,
+}
+
+/// A mixture of experts (Shazeer et al. 2017): `Σ weight(e) · expert(e, x)` over the experts that the router chooses.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ExpertsSpec {
+    /// Scores the experts, `[count, hidden]`.
+    pub router: LinearSpec,
+    /// How scores become weights.
+    pub routing: Routing,
+    /// How many experts there are.
+    pub count: usize,
+    /// How many of them see a token.
+    pub active: usize,
+    /// Width of an expert's inner layer.
+    pub intermediate: usize,
+    /// How an expert's gate works.
+    pub gating: Gating,
+    /// Where the experts' matrices are.
+    pub tensors: ExpertTensors,
+}
+
+/// How a router's scores become the chosen experts' weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Routing {
+    /// A softmax over all experts; the weights are the probabilities of those chosen.
+    Probabilities,
+    /// The same, divided by their sum; which is a softmax over the scores of those chosen.
+    Normalised,
+}
+
+/// How an expert's gate and up projections become the input of its down projection.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Gating {
+    /// `activation(gate) · up`.
+    Plain(Activation),
+    /// `g · sigmoid(alpha · g) · (u + 1)` with `g = min(gate, limit)` and `u = clamp(up, −limit, limit)`, as in gpt-oss.
+    Clamped {
+        /// The sigmoid's gain.
+        alpha: f64,
+        /// Where gate and up projection are cut off.
+        limit: f64,
+    },
+}
+
+/// How the experts of a block are stored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExpertTensors {
+    /// Three matrices an expert. Names have `{}` where the expert's number belongs.
+    Separate {
+        /// `[intermediate, hidden]`.
+        gate: String,
+        /// `[intermediate, hidden]`.
+        up: String,
+        /// `[hidden, intermediate]`.
+        down: String,
+    },
+    /// The experts of a block in tensors of three dimensions, each expert's gate and up projection in alternate rows.
+    Stacked {
+        /// `[count, 2 · intermediate, hidden]`; the name without what the format appends.
+        gate_up: String,
+        /// `[count, 2 · intermediate]`.
+        gate_up_bias: String,
+        /// `[count, hidden, intermediate]`; the name without what the format appends.
+        down: String,
+        /// `[count, hidden]`.
+        down_bias: String,
+        /// How the matrices are stored.
+        format: StackedFormat,
+    },
+}
+
+/// How stacked experts' matrices are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StackedFormat {
+    /// Floating point numbers, each matrix transposed.
+    Transposed,
+    /// Numbers of 4 bits (E2M1) in blocks of 32 with a scale of 8 bits (E8M0), of the Open Compute Project's Microscaling
+    /// Formats: tensors `<name>_blocks`, `[…, inputs / 32, 16]`, and `<name>_scales`, `[…, inputs / 32]`, of bytes.
+    Mxfp4,
 }
 
 /// What is in front of the first block and behind the last.
@@ -207,6 +405,15 @@ pub struct EdgesSpec {
     pub final_norm: NormSpec,
     /// What turns hidden states into logits.
     pub head: HeadSpec,
+    /// What embeddings are multiplied by, rounded to the dtype that they are kept in, as the product is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub embedding_scale: Option<f64>,
+    /// The norm in front of the first block.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub embedding_norm: Option<NormSpec>,
+    /// Logits become `cap · tanh(logit / cap)`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logit_soft_cap: Option<f64>,
 }
 
 /// The output head.
@@ -217,22 +424,6 @@ pub enum HeadSpec {
     Tied,
     /// A matrix of its own.
     Separate(LinearSpec),
-}
-
-/// A tensor that a part of the model is made of.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TensorSpec {
-    /// Its name, with the `model.` prefix where Hugging Face's causal models have one.
-    pub name: String,
-    /// Its shape.
-    pub shape: Vec<usize>,
-}
-
-impl TensorSpec {
-    /// Number of values.
-    pub fn elements(&self) -> usize {
-        self.shape.iter().product()
-    }
 }
 
 impl ModelSpec {
@@ -261,62 +452,27 @@ impl ModelSpec {
 
     /// Bytes of the largest block: its weights in `dtype` and its part of a KV cache of `cache_tokens` tokens.
     pub fn largest_block_bytes(&self, dtype: Dtype, cache_tokens: usize) -> u64 {
-        let numbers = |index: usize| {
-            let weights: usize = self.block_tensors(index).iter().map(TensorSpec::elements).sum();
-            let attention = &self.blocks[index].attention;
-            weights as u64 + 2 * (attention.kv_heads * attention.head_size * cache_tokens) as u64
+        let size = |tensor: &TensorSpec| match tensor.values {
+            Values::Floats => tensor.elements() * dtype.size_in_bytes(),
+            Values::Bytes => tensor.elements(),
         };
-        (0..self.num_blocks()).map(numbers).max().unwrap_or(0) * dtype.size_in_bytes() as u64
+        let bytes = |(index, block): (usize, &BlockSpec)| {
+            let weights: usize = self.block_tensors(index).iter().map(size).sum();
+            let cache = 2 * block.attention.kv_heads * block.attention.head_size * cache_tokens * dtype.size_in_bytes();
+            weights as u64 + cache as u64
+        };
+        self.blocks.iter().enumerate().map(bytes).max().unwrap_or(0)
     }
 
     /// The tensors of the edges.
     pub fn edge_tensors(&self) -> Vec<TensorSpec> {
-        let mut tensors = vec![
-            TensorSpec { name: self.edges.embedding.clone(), shape: vec![self.vocab_size, self.hidden_size] },
-            self.edges.final_norm.tensor(self.hidden_size),
-        ];
+        let mut tensors = vec![TensorSpec::floats(&self.edges.embedding, &[self.vocab_size, self.hidden_size])];
+        for norm in [Some(&self.edges.final_norm), self.edges.embedding_norm.as_ref()].into_iter().flatten() {
+            norm.push_tensors(self.hidden_size, &mut tensors);
+        }
         if let HeadSpec::Separate(head) = &self.edges.head {
             head.push_tensors(&mut tensors);
         }
-        tensors
-    }
-}
-
-impl BlockSpec {
-    fn tensors(&self, hidden_size: usize) -> Vec<TensorSpec> {
-        let attention = &self.attention;
-        let mut tensors = vec![self.attention_norm.tensor(hidden_size), self.ffn_norm.tensor(hidden_size)];
-        for linear in [&attention.q, &attention.k, &attention.v, &attention.o] {
-            linear.push_tensors(&mut tensors);
-        }
-        if let Some(norm) = &attention.qk_norm {
-            tensors.extend([norm.q.tensor(attention.head_size), norm.k.tensor(attention.head_size)]);
-        }
-        if let Some(sinks) = &attention.sinks {
-            tensors.push(TensorSpec { name: sinks.clone(), shape: vec![attention.heads] });
-        }
-        match &self.ffn {
-            FfnSpec::Gated { gate, up, down, .. } => {
-                for linear in [gate, up, down] {
-                    linear.push_tensors(&mut tensors);
-                }
-            }
-        }
-        tensors
-    }
-}
-
-impl NormSpec {
-    fn tensor(&self, width: usize) -> TensorSpec {
-        TensorSpec { name: self.weight.clone(), shape: vec![width] }
-    }
-}
-
-impl LinearSpec {
-    fn push_tensors(&self, tensors: &mut Vec<TensorSpec>) {
-        tensors.push(TensorSpec { name: self.weight.clone(), shape: vec![self.outputs, self.inputs] });
-        if let Some(bias) = &self.bias {
-            tensors.push(TensorSpec { name: bias.clone(), shape: vec![self.outputs] });
-        }
+        without_repetitions(tensors)
     }
 }

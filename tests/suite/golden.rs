@@ -339,11 +339,11 @@ fn a_rollback_forgets(family: &str) {
 }
 
 macro_rules! families {
-    ($($family:ident),*) => {$(
+    ($($family:ident: $fixture:literal,)*) => {$(
         mod $family {
             use helion::model::Dtype;
 
-            const FAMILY: &str = stringify!($family);
+            const FAMILY: &str = $fixture;
 
             #[test]
             fn matches_the_reference() {
@@ -388,4 +388,20 @@ macro_rules! families {
     )*};
 }
 
-families!(llama, mistral, qwen2, qwen3);
+families! {
+    llama: "llama",
+    mistral: "mistral",
+    qwen2: "qwen2",
+    qwen3: "qwen3",
+    mixtral: "mixtral",
+    qwen3_moe: "qwen3_moe",
+    phi: "phi",
+    phi3: "phi3",
+    gemma3: "gemma3",
+    gemma3_text: "gemma3_text",
+    gpt_oss: "gpt_oss",
+    falcon_7b: "falcon-7b-style",
+    falcon_40b: "falcon-40b-style",
+    falcon_rw: "falcon-rw-style",
+    bloom: "bloom",
+}

@@ -1,7 +1,7 @@
 use half::{bf16, f16};
 
 use super::*;
-use crate::model::Dtype;
+use crate::model::{Dtype, spec::AlibiSpec};
 
 /// Numbers that look random, in -1..1.
 fn numbers(count: usize, seed: u32) -> Vec<f32> {
@@ -27,7 +27,8 @@ fn attend_naively(kernel: &Kernel, rows: &[f32]) -> Vec<f64> {
                 let pairs = head(query, index).iter().zip(head(key, kernel.heads + kv));
                 let score: f64 =
                     pairs.map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>() * f64::from(kernel.scale);
-                kernel.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh()).exp()
+                let capped = kernel.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh());
+                (capped + kernel.alibi.as_ref().map_or(0.0, |alibi| f64::from(alibi.bias(index, key)))).exp()
             };
             let weights: Vec<f64> = seen.clone().map(score).collect();
             let sink = kernel.sinks.as_ref().map_or(0.0, |sinks| f64::from(sinks[index]).exp());
@@ -81,7 +82,7 @@ fn kernel_follows_the_formula(kernel: &Kernel) {
 }
 
 fn kernel() -> Kernel {
-    Kernel { heads: 6, kv_heads: 2, head_size: 20, scale: 0.4, window: None, soft_cap: None, sinks: None }
+    Kernel { heads: 6, kv_heads: 2, head_size: 20, scale: 0.4, window: None, soft_cap: None, sinks: None, alibi: None }
 }
 
 #[test]
@@ -105,6 +106,16 @@ fn windows_within_a_page_and_across_pages() {
 fn soft_cap_and_sinks() {
     kernel_follows_the_formula(&Kernel { soft_cap: Some(0.7), ..kernel() });
     kernel_follows_the_formula(&Kernel { sinks: Some(vec![0.3, -1.0, 2.0, 5.0, 0.0, 1.0]), ..kernel() });
+}
+
+#[test]
+fn linear_biases() {
+    for rounding in [Dtype::F32, Dtype::Bf16] {
+        let alibi = Some(Alibi::new(&AlibiSpec { factor: 0.4, rounding }, 6));
+        kernel_follows_the_formula(&Kernel { kv_heads: 6, alibi, ..kernel() });
+    }
+    let alibi = Some(Alibi::new(&AlibiSpec { factor: 1.0, rounding: Dtype::F32 }, 6));
+    kernel_follows_the_formula(&Kernel { window: Some(19), alibi, ..kernel() });
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! What can be wrong with a checkpoint.
 
-use std::{io, path::PathBuf};
+use std::{io, ops::Range, path::PathBuf};
 
 use crate::model::family::ConfigError;
 
@@ -84,8 +84,8 @@ pub enum CheckpointError {
         /// The file or index that should have it.
         searched: PathBuf,
     },
-    /// The tensor isn't stored as floating point numbers.
-    #[error("tensor {name:?} in {} is stored as {dtype}: weights must be F32, BF16 or F16", path.display())]
+    /// The tensor isn't stored as it should be.
+    #[error("tensor {name:?} in {} is stored as {dtype}: {wanted}", path.display())]
     WrongDtype {
         /// Its name.
         name: String,
@@ -93,6 +93,20 @@ pub enum CheckpointError {
         path: PathBuf,
         /// How it is stored, as safetensors spells it.
         dtype: String,
+        /// What it should be.
+        wanted: &'static str,
+    },
+    /// The tensor has fewer rows than were asked for.
+    #[error("tensor {name:?} in {} has {count} rows, and not {}..{}", path.display(), rows.start, rows.end)]
+    NoSuchRows {
+        /// Its name.
+        name: String,
+        /// The file.
+        path: PathBuf,
+        /// What was asked for.
+        rows: Range<usize>,
+        /// How many it has.
+        count: usize,
     },
     /// The tensor doesn't have the shape that the configuration implies.
     #[error("tensor {name:?} in {} has shape {found:?}, and config.json implies {expected:?}", path.display())]

@@ -6,10 +6,14 @@
 use std::{
     fs::File,
     io,
+    ops::Range,
     path::{Path, PathBuf},
 };
 
-use safetensors::{Dtype as StoredDtype, tensor::Metadata};
+use safetensors::{
+    Dtype as StoredDtype,
+    tensor::{Metadata, TensorInfo},
+};
 
 use super::{CheckpointError, TensorData};
 use crate::model::Dtype;
@@ -70,27 +74,68 @@ impl Shard {
         self.header.info(name).is_some()
     }
 
-    /// Number of tensors.
+    /// The tensors' names.
     #[cfg(test)]
-    pub(super) fn len(&self) -> usize {
-        self.header.offset_keys().len()
+    pub(super) fn names(&self) -> Vec<String> {
+        self.header.offset_keys()
     }
 
     pub(super) fn read(&self, name: &str, expected: &[usize]) -> Result<TensorData, CheckpointError> {
-        let missing = || CheckpointError::MissingTensor { name: name.to_owned(), searched: self.path.clone() };
-        let info = self.header.info(name).ok_or_else(missing)?;
+        self.read_rows(name, expected, std::iter::once(0..expected.first().copied().unwrap_or(1)))
+    }
+
+    pub(super) fn read_rows(
+        &self,
+        name: &str,
+        expected: &[usize],
+        rows: impl Iterator<Item = Range<usize>>,
+    ) -> Result<TensorData, CheckpointError> {
+        let info = self.find(name, expected)?;
         let dtype = match info.dtype {
             StoredDtype::F32 => Dtype::F32,
             StoredDtype::BF16 => Dtype::Bf16,
             StoredDtype::F16 => Dtype::F16,
-            other => {
-                return Err(CheckpointError::WrongDtype {
+            _ => return Err(self.wrong_dtype(name, info, "weights must be F32, BF16 or F16")),
+        };
+        // `open` has checked that the range lies in the file and is as long as shape and dtype say.
+        let (start, end) = info.data_offsets;
+        let count = expected.first().copied().unwrap_or(1);
+        let row_bytes = (end - start).checked_div(count).unwrap_or(0);
+        let (mut bytes, mut total) = (Vec::new(), 0);
+        for rows in rows {
+            if rows.start > rows.end || rows.end > count {
+                return Err(CheckpointError::NoSuchRows {
                     name: name.to_owned(),
                     path: self.path.clone(),
-                    dtype: format!("{other:?}"),
+                    rows,
+                    count,
                 });
             }
-        };
+            let (at, length) = (rows.start * row_bytes, rows.len() * row_bytes);
+            let filled = bytes.len();
+            bytes.resize(filled + length, 0);
+            self.read_at(&mut bytes[filled..], start + at)?;
+            total += rows.len();
+        }
+        let shape = expected.iter().enumerate().map(|(index, size)| if index == 0 { total } else { *size }).collect();
+        Ok(TensorData { dtype, shape, bytes })
+    }
+
+    pub(super) fn read_bytes(&self, name: &str, expected: &[usize]) -> Result<Vec<u8>, CheckpointError> {
+        let info = self.find(name, expected)?;
+        if info.dtype != StoredDtype::U8 {
+            return Err(self.wrong_dtype(name, info, "packed weights must be U8"));
+        }
+        let (start, end) = info.data_offsets;
+        let mut bytes = vec![0; end - start];
+        self.read_at(&mut bytes, start)?;
+        Ok(bytes)
+    }
+
+    /// The tensor, if it is there and has the shape.
+    fn find(&self, name: &str, expected: &[usize]) -> Result<&TensorInfo, CheckpointError> {
+        let missing = || CheckpointError::MissingTensor { name: name.to_owned(), searched: self.path.clone() };
+        let info = self.header.info(name).ok_or_else(missing)?;
         if info.shape != expected {
             return Err(CheckpointError::WrongShape {
                 name: name.to_owned(),
@@ -99,12 +144,18 @@ impl Shard {
                 expected: expected.to_vec(),
             });
         }
-        // `open` has checked that the range lies in the file and is as long as shape and dtype say.
-        let (start, end) = info.data_offsets;
-        let mut bytes = vec![0; end - start];
-        read_at(&self.file, &mut bytes, self.data_start + start as u64)
-            .map_err(|source| CheckpointError::Io { path: self.path.clone(), source })?;
-        Ok(TensorData { dtype, shape: info.shape.clone(), bytes })
+        Ok(info)
+    }
+
+    fn wrong_dtype(&self, name: &str, info: &TensorInfo, wanted: &'static str) -> CheckpointError {
+        let dtype = format!("{:?}", info.dtype);
+        CheckpointError::WrongDtype { name: name.to_owned(), path: self.path.clone(), dtype, wanted }
+    }
+
+    /// Fills `buffer` from `offset` of the tensors' bytes on.
+    fn read_at(&self, buffer: &mut [u8], offset: usize) -> Result<(), CheckpointError> {
+        read_at(&self.file, buffer, self.data_start + offset as u64)
+            .map_err(|source| CheckpointError::Io { path: self.path.clone(), source })
     }
 }
 

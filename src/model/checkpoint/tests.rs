@@ -1,6 +1,7 @@
 use tempfile::TempDir;
 
 use super::*;
+use crate::model::spec::Values;
 
 fn fixture(family: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(family)
@@ -44,11 +45,31 @@ fn write(dir: &TempDir, header: &str, data: usize) {
 
 #[test]
 fn single_and_sharded_checkpoints_are_read() {
-    for (family, files) in [("qwen3", 1), ("llama", 2)] {
+    for (family, files) in [
+        ("qwen3", 1),
+        ("llama", 2),
+        ("mistral", 1),
+        ("mixtral", 4),
+        ("qwen3_moe", 1),
+        ("phi", 1),
+        ("phi3", 1),
+        ("gemma3", 3),
+        ("gemma3_text", 1),
+        ("gpt_oss", 1),
+        ("falcon-7b-style", 1),
+        ("falcon-40b-style", 1),
+        ("falcon-rw-style", 1),
+        ("bloom", 1),
+    ] {
         let checkpoint = Checkpoint::open(&fixture(family)).unwrap();
         let mut tensors = checkpoint.spec().edge_tensors();
         tensors.extend((0..checkpoint.spec().num_blocks()).flat_map(|block| checkpoint.spec().block_tensors(block)));
         for tensor in &tensors {
+            if tensor.values == Values::Bytes {
+                let bytes = checkpoint.read_bytes(&tensor.name, &tensor.shape).unwrap();
+                assert_eq!(bytes.len(), tensor.elements());
+                continue;
+            }
             let data = checkpoint.read(&tensor.name, &tensor.shape).unwrap();
             assert_eq!((data.dtype, &data.shape), (Dtype::Bf16, &tensor.shape));
             assert_eq!(data.bytes.len(), 2 * tensor.elements());
@@ -56,10 +77,41 @@ fn single_and_sharded_checkpoints_are_read() {
         let paths = checkpoint.weight_files().unwrap();
         assert_eq!(paths.len(), files);
         assert!(paths.is_sorted() && checkpoint.dir() == fixture(family));
-        // The specification names every tensor that there is.
-        let stored: usize = paths.iter().map(|path| Shard::open(path).unwrap().len()).sum();
-        assert_eq!(tensors.len(), stored);
+        // The specification names every tensor that there is, but for those of a vision tower.
+        let stored: Vec<String> = paths.iter().flat_map(|path| Shard::open(path).unwrap().names()).collect();
+        let language =
+            stored.iter().filter(|name| !name.starts_with("vision_tower") && !name.starts_with("multi_modal"));
+        assert_eq!(tensors.len(), language.count(), "{family}");
     }
+}
+
+#[test]
+fn some_rows_of_a_tensor_are_read() {
+    let checkpoint = Checkpoint::open(&fixture("qwen3")).unwrap();
+    let (name, shape) = EMBEDDING;
+    let all = checkpoint.read(name, shape).unwrap().bytes;
+    let rows = [3..5, 0..1, 511..512, 7..7];
+    let some = checkpoint.read_rows(name, shape, rows.iter().cloned()).unwrap();
+    let expected: Vec<u8> = rows.iter().flat_map(|rows| all[rows.start * 128..rows.end * 128].to_vec()).collect();
+    assert_eq!((some.shape, some.bytes), (vec![4, 64], expected));
+    fails(checkpoint.read_rows(name, shape, std::iter::once(510..513)), &[name, "512 rows", "510..513"]);
+    fails(checkpoint.read_bytes(name, shape), &[name, "BF16", "U8"]);
+    fails(checkpoint.read_rows(name, &[512, 63], std::iter::once(0..1)), &["[512, 63]"]);
+}
+
+#[test]
+fn names_are_found_inside_a_multimodal_checkpoint() {
+    for (name, stored) in [
+        ("model.norm.weight", "norm.weight"),
+        ("model.norm.weight", "language_model.model.norm.weight"),
+        ("model.norm.weight", "model.language_model.norm.weight"),
+        ("lm_head.weight", "language_model.lm_head.weight"),
+        ("transformer.ln_f.bias", "ln_f.bias"),
+    ] {
+        assert!(spellings(name).contains(&stored.to_owned()), "{name} as {stored}");
+        assert_eq!(spellings(name)[0], name);
+    }
+    assert_eq!(spellings("lm_head.weight").len(), 2);
 }
 
 #[test]

@@ -67,6 +67,32 @@ impl Config {
         self.fields.get(field).filter(|value| !value.is_null())
     }
 
+    /// The fields with these names.
+    pub(super) fn only(&self, names: &[&str]) -> Value {
+        let fields = self.fields.iter().filter(|(field, _)| names.contains(&field.as_str()));
+        Value::Object(fields.map(|(field, value)| (field.clone(), value.clone())).collect())
+    }
+
+    /// The same without the fields with these names.
+    pub(super) fn without(&self, names: &[&str]) -> Self {
+        let fields = self.fields.iter().filter(|(field, _)| !names.contains(&field.as_str()));
+        Self { fields: fields.map(|(field, value)| (field.clone(), value.clone())).collect(), path: self.path.clone() }
+    }
+
+    /// Whether the field is there and not null.
+    pub(super) fn has(&self, field: &str) -> bool {
+        self.value(field).is_some()
+    }
+
+    /// The same with the fields of `defaults` that it lacks. One that is null is there.
+    pub(super) fn with_defaults(&self, defaults: &Value) -> Self {
+        let mut fields = self.fields.clone();
+        for (field, value) in defaults.as_object().into_iter().flatten() {
+            fields.entry(field).or_insert_with(|| value.clone());
+        }
+        Self { fields, path: self.path.clone() }
+    }
+
     fn name(&self, field: &str) -> String {
         format!("{}{field}", self.path)
     }
@@ -81,7 +107,11 @@ impl Config {
     }
 
     pub(super) fn required<T: DeserializeOwned>(&self, field: &str) -> Result<T, ConfigError> {
-        self.optional(field)?.ok_or_else(|| ConfigError::Missing { field: self.name(field) })
+        self.optional(field)?.ok_or_else(|| self.missing(field))
+    }
+
+    pub(super) fn missing(&self, field: &str) -> ConfigError {
+        ConfigError::Missing { field: self.name(field) }
     }
 
     /// The object in `field`, if it is there and not null.
@@ -152,13 +182,16 @@ impl Config {
         }
     }
 
-    /// Refuses options that change the arithmetic and that no supported family has.
-    pub(super) fn refuse_unsupported(&self) -> Result<(), ConfigError> {
-        self.refuse_unless(
-            "quantization_config",
-            &Value::Null,
-            "only unquantized checkpoints can be loaded; use the model's f32, bf16 or f16 weights",
-        )?;
+    /// Refuses options that change the arithmetic and that the family hasn't got: those that some model type reads, but
+    /// for the ones that this one `reads`.
+    pub(super) fn refuse_unsupported(&self, reads: &[&str]) -> Result<(), ConfigError> {
+        if !reads.contains(&"quantization_config") {
+            self.refuse_unless(
+                "quantization_config",
+                &Value::Null,
+                "only unquantized checkpoints can be loaded; use the model's f32, bf16 or f16 weights",
+            )?;
+        }
         // The value beside each name is the one that changes nothing.
         let neutral = [
             ("partial_rotary_factor", json!(1.0)),
@@ -181,7 +214,7 @@ impl Config {
             ("num_local_experts", json!(0)),
             ("num_experts", json!(0)),
         ];
-        for (field, value) in &neutral {
+        for (field, value) in neutral.iter().filter(|(field, _)| !reads.contains(field)) {
             self.refuse_unless(field, value, "this model type has no such part")?;
         }
         Ok(())

@@ -1,5 +1,5 @@
-//! The layout that Llama began and that Mistral and Qwen share: pre-norm blocks, separate projections, a gated
-//! feed-forward part. A family says in which of the few switches it differs.
+//! The layout that Llama began and that many share: pre-norm blocks, separate projections, a gated feed-forward part. A
+//! family says in which of the few switches it differs, and changes in the result what is its own.
 
 use super::{
     config::{Config, ConfigError},
@@ -11,13 +11,14 @@ use crate::model::spec::{
 };
 
 // Limits far above any model that exists: they keep products of sizes from overflowing and garbage from passing.
-const MAX_BLOCKS: usize = 4096;
-const MAX_HIDDEN: usize = 1 << 20;
-const MAX_HEADS: usize = 1 << 14;
+pub(super) const MAX_BLOCKS: usize = 4096;
+pub(super) const MAX_HIDDEN: usize = 1 << 20;
+pub(super) const MAX_HEADS: usize = 1 << 14;
 const MAX_HEAD_SIZE: usize = 1 << 14;
-const MAX_INTERMEDIATE: usize = 1 << 24;
-const MAX_VOCAB: usize = 1 << 26;
-const MAX_CONTEXT: usize = 1 << 30;
+pub(super) const MAX_INTERMEDIATE: usize = 1 << 24;
+pub(super) const MAX_VOCAB: usize = 1 << 26;
+pub(super) const MAX_EXPERTS: usize = 1 << 14;
+pub(super) const MAX_CONTEXT: usize = 1 << 30;
 
 /// Where a family differs from the others.
 #[derive(Default)]
@@ -36,6 +37,10 @@ pub(super) struct Switches {
     pub(super) tied_by_default: bool,
     /// The sliding window of every block; empty if none has one.
     pub(super) windows: Vec<Option<usize>>,
+    /// The field that names the activation, if it isn't `hidden_act`.
+    pub(super) activation_field: Option<&'static str>,
+    /// What positions are like.
+    pub(super) rope: rope::Defaults,
 }
 
 /// The number of blocks, which a family needs before it knows its windows.
@@ -73,38 +78,56 @@ pub(super) fn windows(
     types.iter().map(read).collect()
 }
 
+/// The activation that a field names, as transformers calls them.
+pub(super) fn activation(config: &Config, field: &str) -> Result<Activation, ConfigError> {
+    match config.required::<String>(field)?.as_str() {
+        "silu" | "swish" => Ok(Activation::Silu),
+        "gelu" | "gelu_python" => Ok(Activation::Gelu),
+        "gelu_new" | "gelu_fast" | "gelu_accurate" | "gelu_pytorch_tanh" | "gelu_python_tanh" => {
+            Ok(Activation::GeluTanh)
+        }
+        "relu" => Ok(Activation::Relu),
+        _ => Err(config.unsupported(field, "the activations are silu, gelu, gelu_pytorch_tanh and relu")),
+    }
+}
+
+/// The number of experts and how many of them see a token.
+pub(super) fn experts(config: &Config, default: [usize; 2]) -> Result<(usize, usize), ConfigError> {
+    let field = if config.has("num_experts") { "num_experts" } else { "num_local_experts" };
+    let count = config.optional_size(field, MAX_EXPERTS)?.unwrap_or(default[0]);
+    let active = config.optional_size("num_experts_per_tok", MAX_EXPERTS)?.unwrap_or(default[1]);
+    if active > count {
+        return Err(config.invalid("num_experts_per_tok", format!("there are {count} experts")));
+    }
+    Ok((count, active))
+}
+
 /// Reads what the families share, and puts the specification together.
 pub(super) fn spec(config: &Config, switches: &Switches) -> Result<ModelSpec, ConfigError> {
-    let activation = match config.required::<String>("hidden_act")?.as_str() {
-        "silu" | "swish" => Activation::Silu,
-        _ => return Err(config.unsupported("hidden_act", "the activation must be silu")),
-    };
+    let activation = activation(config, switches.activation_field.unwrap_or("hidden_act"))?;
     let blocks = num_blocks(config)?;
     let hidden = config.size("hidden_size", MAX_HIDDEN)?;
     let vocab = config.size("vocab_size", MAX_VOCAB)?;
-    let attention = attention(config, switches, hidden)?;
+    let Heads { heads, kv_heads, head_size } = heads(config, hidden, switches.default_head_size)?;
+    let rope = rope::read(config, head_size, &switches.rope)?;
     let intermediate = config.size("intermediate_size", MAX_INTERMEDIATE)?;
     let epsilon = config.positive_or("rms_norm_eps", 1e-6)?;
 
-    let norm = |weight: String| NormSpec { kind: NormKind::Rms, epsilon, weight };
-    let linear = |name: String, outputs: usize, inputs: usize, bias: bool| LinearSpec {
-        weight: format!("{name}.weight"),
-        bias: bias.then(|| format!("{name}.bias")),
-        outputs,
-        inputs,
-    };
+    let norm = |weight: String| NormSpec { kind: NormKind::Rms, epsilon, weight, bias: None };
+    let linear =
+        |name: String, outputs: usize, inputs: usize, bias: bool| LinearSpec::named(&name, outputs, inputs, bias);
     let block = |index: usize| {
         let at = |part: &str| format!("model.layers.{index}.{part}");
-        let (q_width, kv_width) = (attention.heads * attention.head_size, attention.kv_heads * attention.head_size);
+        let (q_width, kv_width) = (heads * head_size, kv_heads * head_size);
         BlockSpec {
             residual: ResidualOrder::Sequential,
             attention_norm: norm(at("input_layernorm.weight")),
             attention: AttentionSpec {
-                heads: attention.heads,
-                kv_heads: attention.kv_heads,
-                head_size: attention.head_size,
+                heads,
+                kv_heads,
+                head_size,
                 // A root and a division give the same bits on every machine, which a power need not.
-                scale: 1.0 / (attention.head_size as f64).sqrt(),
+                scale: 1.0 / (head_size as f64).sqrt(),
                 q: linear(at("self_attn.q_proj"), q_width, hidden, switches.qkv_bias),
                 k: linear(at("self_attn.k_proj"), kv_width, hidden, switches.qkv_bias),
                 v: linear(at("self_attn.v_proj"), kv_width, hidden, switches.qkv_bias),
@@ -112,11 +135,13 @@ pub(super) fn spec(config: &Config, switches: &Switches) -> Result<ModelSpec, Co
                 qk_norm: switches
                     .qk_norm
                     .then(|| QkNorm { q: norm(at("self_attn.q_norm.weight")), k: norm(at("self_attn.k_norm.weight")) }),
-                rope: attention.rope.clone(),
+                rope: Some(rope.clone()),
+                alibi: None,
                 window: switches.windows.get(index).copied().flatten(),
                 soft_cap: None,
                 sinks: None,
             },
+            attention_output_norm: None,
             ffn_norm: norm(at("post_attention_layernorm.weight")),
             ffn: FfnSpec::Gated {
                 activation,
@@ -124,6 +149,7 @@ pub(super) fn spec(config: &Config, switches: &Switches) -> Result<ModelSpec, Co
                 up: linear(at("mlp.up_proj"), intermediate, hidden, switches.ffn_bias),
                 down: linear(at("mlp.down_proj"), hidden, intermediate, switches.ffn_bias),
             },
+            ffn_output_norm: None,
         }
     };
 
@@ -133,7 +159,7 @@ pub(super) fn spec(config: &Config, switches: &Switches) -> Result<ModelSpec, Co
         stored_dtype: config.dtype()?,
         hidden_size: hidden,
         vocab_size: vocab,
-        max_context: config.size("max_position_embeddings", MAX_CONTEXT)?,
+        max_context: rope::max_context(config, &rope)?,
         blocks: (0..blocks).map(block).collect(),
         edges: EdgesSpec {
             embedding: "model.embed_tokens.weight".into(),
@@ -143,25 +169,32 @@ pub(super) fn spec(config: &Config, switches: &Switches) -> Result<ModelSpec, Co
             } else {
                 HeadSpec::Separate(linear("lm_head".into(), vocab, hidden, false))
             },
+            embedding_scale: None,
+            embedding_norm: None,
+            logit_soft_cap: None,
         },
     })
 }
 
-struct Attention {
-    heads: usize,
-    kv_heads: usize,
-    head_size: usize,
-    rope: crate::model::spec::RopeSpec,
+/// The heads of attention.
+pub(super) struct Heads {
+    /// Query heads.
+    pub(super) heads: usize,
+    /// Key and value heads.
+    pub(super) kv_heads: usize,
+    /// Numbers of a head.
+    pub(super) head_size: usize,
 }
 
-fn attention(config: &Config, switches: &Switches, hidden: usize) -> Result<Attention, ConfigError> {
+/// Reads how many heads there are, and how wide one is: `head_dim`, or `default`, or what the hidden size leaves.
+pub(super) fn heads(config: &Config, hidden: usize, default: Option<usize>) -> Result<Heads, ConfigError> {
     let heads = config.size("num_attention_heads", MAX_HEADS)?;
     // Without the field every query head has its own key and value head.
     let kv_heads = config.optional_size("num_key_value_heads", MAX_HEADS)?.unwrap_or(heads);
     if !heads.is_multiple_of(kv_heads) {
         return Err(config.invalid("num_key_value_heads", format!("must divide num_attention_heads, {heads}")));
     }
-    let head_size = match (config.optional_size("head_dim", MAX_HEAD_SIZE)?, switches.default_head_size) {
+    let head_size = match (config.optional_size("head_dim", MAX_HEAD_SIZE)?, default) {
         (Some(size), _) | (None, Some(size)) => size,
         (None, None) if hidden.is_multiple_of(heads) => hidden / heads,
         (None, None) => {
@@ -173,5 +206,5 @@ fn attention(config: &Config, switches: &Switches, hidden: usize) -> Result<Atte
             config.invalid("head_dim", format!("a head is {head_size} wide, and rotary positions need an even width"))
         );
     }
-    Ok(Attention { heads, kv_heads, head_size, rope: rope::read(config)? })
+    Ok(Heads { heads, kv_heads, head_size })
 }
