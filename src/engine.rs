@@ -209,6 +209,12 @@ impl Engine {
         self.shared.loaded_bytes
     }
 
+    /// The instruction set that the arithmetic runs on, as one word: `cpu-avx512`, `cpu-avx2`, `cpu-simd128` (NEON) or
+    /// `cpu-portable`. Two engines that are alike in all but this may differ in the last bits of a result.
+    pub fn kernel_path(&self) -> &'static str {
+        product::path()
+    }
+
     /// An empty KV cache for one session that runs through `blocks`.
     ///
     /// # Errors

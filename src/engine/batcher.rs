@@ -91,20 +91,26 @@ impl Batcher {
     }
 
     /// Gives pages to the steps that wait for them: first of sessions that run, then of new ones, each kind in order.
-    /// One that can't get its pages holds up those behind it, or it might wait for ever.
+    ///
+    /// One that can't get its pages holds up all behind it that want some, or it might wait for ever. Those that want none
+    /// go on: a full cache doesn't stop the decode steps that have room in the pages they hold.
     fn admit(&mut self, state: &mut DeskState) {
+        let mut is_short = false;
         for claim in [Claim::Running, Claim::New] {
             let mut index = 0;
             while index < self.waiting.len() {
                 let pending = &mut self.waiting[index];
                 let table = &pending.job.cache.table;
-                if claim_of(table) != claim {
+                let needed = table.needed(&pending.job.lanes);
+                if claim_of(table) != claim || (is_short && needed > 0) {
                     index += 1;
                     continue;
                 }
-                let Some(pages) = state.pages.take(claim, table.needed(&pending.job.lanes)) else {
+                let Some(pages) = state.pages.take(claim, needed) else {
                     pending.starved = true;
-                    return;
+                    is_short = true;
+                    index += 1;
+                    continue;
                 };
                 if let Some(Pending { mut job, submitted, .. }) = self.waiting.remove(index) {
                     job.cache.table.extend(&job.lanes, pages);

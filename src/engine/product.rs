@@ -179,6 +179,28 @@ pub(super) fn product_f32(matrices: Matrices<'_>) {
     Arch::new().dispatch(matrices);
 }
 
+/// Which instruction set the products run on; see [`super::Engine::kernel_path`].
+pub(super) fn path() -> &'static str {
+    Arch::new().dispatch(PathName)
+}
+
+struct PathName;
+
+impl WithSimd for PathName {
+    type Output = &'static str;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> &'static str {
+        // The width decides how a sum is split, and with it the last bits of a result.
+        match S::F32_LANES {
+            16 => "cpu-avx512",
+            8 => "cpu-avx2",
+            4 => "cpu-simd128",
+            _ => "cpu-portable",
+        }
+    }
+}
+
 impl WithSimd for Matrices<'_> {
     type Output = ();
 
@@ -306,6 +328,27 @@ mod tests {
         for (wide, brain) in bf16::widen(&brains, &mut scratch).iter().zip(&brains) {
             assert!(wide.to_bits() == brain.to_f32().to_bits() || wide.is_nan() && brain.is_nan(), "{brain:?}");
         }
+    }
+
+    /// Sums of a row are taken in as many parts as the path's vectors have lanes, which shows in the rounding.
+    #[test]
+    fn the_path_is_the_one_that_products_run_on() {
+        let lanes = match path() {
+            "cpu-avx512" => 16,
+            "cpu-avx2" => 8,
+            "cpu-simd128" => 4,
+            "cpu-portable" => 1,
+            other => panic!("{other}"),
+        };
+        // Two ones are lost in 2^24 if each is added to it, and not if they are added up first.
+        let are_lost = |ones: [usize; 2]| {
+            let mut x = vec![0.0; 64];
+            x[0] = 16_777_216.0;
+            ones.into_iter().for_each(|index| x[index] = 1.0);
+            product(&x, &[1.0_f32; 64], 64)[0] == 16_777_216.0
+        };
+        assert!(are_lost([lanes, 3 * lanes]), "vectors are wider than {lanes}");
+        assert!(lanes == 1 || !are_lost([lanes / 2, lanes + lanes / 2]), "vectors are narrower than {lanes}");
     }
 
     fn a_row_is_the_same_in_every_batch<T: Stored>() {

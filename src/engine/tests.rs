@@ -218,6 +218,32 @@ fn steps_wait_for_pages_and_running_sessions_come_first() {
 }
 
 #[test]
+fn a_full_cache_stops_only_the_steps_that_need_pages() {
+    let engine = load(options(0..2));
+    // Together they take all pages. The first needs another for its next token, the second has room for one more.
+    let (holder, decoding) = (session(&engine, 240), session(&engine, 239));
+    let (holder, result) = step(&engine, holder, &[run(0, 240, 32)]);
+    result.unwrap();
+    assert_eq!(engine.load_now().cache_tokens_left, 0);
+    let starved = submit(&engine, holder, &[run(0, 272, 1)]);
+    let (decoding, result) = step(&engine, decoding, &[run(0, 239, 1)]);
+    result.unwrap();
+    assert!(starved.try_recv().is_err() && engine.load_now().queue == 1);
+    // Now the second needs a page, too, and waits like the first and like a new session.
+    let behind = submit(&engine, decoding, &[run(0, 240, 1)]);
+    let (third, third_answers) = job(engine.cache(0..2).unwrap(), &[run(0, 0, 1)]);
+    let cancelled = third.cancelled.clone();
+    engine.submit(third);
+    assert!(behind.try_recv().is_err() && engine.load_now().queue == 3);
+    cancelled.store(true, Ordering::Relaxed);
+    assert_eq!(third_answers.recv_timeout(PATIENCE).unwrap().1.unwrap_err(), StepError::Cancelled);
+    drop(engine);
+    for answers in [starved, behind] {
+        assert_eq!(answers.recv_timeout(PATIENCE).unwrap().1.unwrap_err(), StepError::Cancelled);
+    }
+}
+
+#[test]
 fn waiting_ends_at_the_deadline_or_when_cancelled() {
     let engine = load(options(0..2));
     let holder = session(&engine, 480);

@@ -6,13 +6,16 @@ mod joining;
 use std::{
     collections::BTreeMap,
     path::PathBuf,
-    sync::{Arc, Weak},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
 
 use futures::future::join_all;
 use libp2p::{Multiaddr, PeerId, kad::RecordKey, request_response::OutboundFailure};
-use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use self::announcing::Announcing;
@@ -212,7 +215,7 @@ impl Swarm {
         request: rpc::Request,
         timeout: Duration,
     ) -> Result<rpc::Response, RpcError> {
-        let deadline = tokio::time::Instant::now() + timeout;
+        let deadline = Instant::now() + timeout;
         match tokio::time::timeout_at(deadline, self.connect(peer, addresses)).await {
             Ok(Ok(Ok(()))) => {}
             Ok(Ok(Err(reason))) => return Err(RpcError::NotConnected { peer, reason }),
@@ -322,14 +325,21 @@ impl std::fmt::Debug for Swarm {
 }
 
 impl Inner {
+    fn announcing(&self) -> MutexGuard<'_, Announcing> {
+        // Nothing in the critical sections panics half-way, so a poisoned one is as good as another.
+        self.announcing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn save_remembered(&self) {
         let Some(path) = self.remember.clone() else { return };
         let remembered = self.shared.remembered().clone();
-        let mut saved = self.saved.lock().await;
-        if *saved == remembered {
-            return;
+        {
+            let mut saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
+            if *saved == remembered {
+                return;
+            }
+            saved.clone_from(&remembered);
         }
-        saved.clone_from(&remembered);
         let saving = tokio::task::spawn_blocking(move || remembered.save(&path));
         if let Ok(Err(error)) = saving.await {
             tracing::warn!(%error, "this node may not find its peers again after a restart");
@@ -355,12 +365,17 @@ fn in_service(found: Vec<Verified>) -> Vec<Announcement> {
 /// Renews the announcement and saves the remembered peers, until the swarm stops or its last handle is gone.
 async fn upkeep(inner: Weak<Inner>, stop: CancellationToken, every: Duration) {
     let upkeep = async {
+        let mut pause = every;
         loop {
-            tokio::time::sleep(every).await;
+            tokio::time::sleep(pause).await;
             let Some(inner) = inner.upgrade() else { return };
             let swarm = Swarm(inner);
-            swarm.renew().await;
+            let fresh_for = swarm.0.announcing().fresh_for(Instant::now(), every);
+            if fresh_for.is_zero() {
+                swarm.renew().await;
+            }
             swarm.0.save_remembered().await;
+            pause = swarm.0.announcing().fresh_for(Instant::now(), every);
         }
     };
     tokio::select! {

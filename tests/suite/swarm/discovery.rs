@@ -149,3 +149,16 @@ async fn a_node_that_comes_back_is_seen_as_it_is_now() {
         b.swarm.stop().await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leaving_does_not_wait_for_an_announcement_that_hangs() {
+    let a = Peer::start(|_| ()).await;
+    let b = Peer::joined(&a).await;
+    let mut hanging = Box::pin(b.swarm.announce(announcement(&b, MODEL, 0..80)));
+    // It has begun, and nothing drives it any further.
+    assert!(futures::poll!(&mut hanging).is_pending());
+    tokio::time::timeout(PATIENCE, b.swarm.withdraw()).await.expect("leaving ends");
+    hanging.await.unwrap();
+    let client = Peer::client(&a).await;
+    assert!(client.swarm.discover(MODEL, 80).await.unwrap().announcements.is_empty());
+}
