@@ -4,6 +4,9 @@
 //! the environment (`HELION_` and its name in capitals) and, where there is a `--config`, by a file; see
 //! [`config`](crate::config).
 
+// They panic where the stream is closed, as a pager or `head` does; see `output`.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 mod arguments;
 mod chat;
 mod demo;
@@ -13,12 +16,14 @@ mod node;
 mod output;
 mod progress;
 mod score;
+mod signals;
 mod status;
 
 use std::{ffi::OsString, process::ExitCode};
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
+use self::output::{PrintError, say};
 use crate::config;
 
 /// Run a language model together: many machines, each holding a part of it.
@@ -78,9 +83,9 @@ impl Command {
         }
     }
 
-    async fn run(self) -> anyhow::Result<()> {
+    async fn run(self, log_format: LogFormat) -> anyhow::Result<()> {
         match self {
-            Self::Demo(args) => demo::run(args).await,
+            Self::Demo(args) => demo::run(args, log_format).await,
             Self::Node(node::NodeCommand::Serve(args)) => node::serve(*args).await,
             Self::Node(node::NodeCommand::Bootstrap(args)) => node::bootstrap(args).await,
             Self::Client(ClientCommand::Generate(args)) => generate::run(args).await,
@@ -119,7 +124,7 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
             return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
         }
         Err(error) => {
-            eprintln!("error: {error}");
+            say(format_args!("error: {error}"));
             return ExitCode::from(2);
         }
     };
@@ -134,13 +139,13 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("error: the async runtime can't be started: {error}");
+            say(format_args!("error: the async runtime can't be started: {error}"));
             return ExitCode::FAILURE;
         }
     };
     // On a worker, so that a token that arrives there goes on without waking another thread.
     let result = runtime.block_on(async {
-        match tokio::spawn(cli.command.run()).await {
+        match tokio::spawn(cli.command.run(cli.log_format)).await {
             Ok(result) => result,
             Err(died) => Err(anyhow::anyhow!("a fault of this program: {died}")),
         }
@@ -149,23 +154,20 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
     runtime.shutdown_background();
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => match error.downcast_ref::<arguments::Usage>() {
-            Some(usage) => {
-                eprintln!("error: {usage}");
-                ExitCode::from(2)
-            }
-            None => {
-                eprintln!("error: {error:#}");
-                ExitCode::FAILURE
-            }
-        },
+        // It got what it wanted.
+        Err(error) if matches!(error.downcast_ref(), Some(PrintError::ReaderGone)) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(format_args!("error: {error:#}"));
+            if error.is::<arguments::Usage>() { ExitCode::from(2) } else { ExitCode::FAILURE }
+        }
     }
 }
 
 fn start_log(format: LogFormat, default: &str) {
     use tracing_subscriber::EnvFilter;
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // A line that can't be written is lost; telling so on the same stream would panic where that is closed.
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).log_internal_errors(false);
     let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
     match format {
         LogFormat::Pretty => log.with_target(false).with_ansi(colours).init(),

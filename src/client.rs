@@ -63,7 +63,7 @@ pub enum ClientError {
     Request(String),
     /// The swarm does not cover the model.
     #[error(transparent)]
-    Incomplete(#[from] Incomplete),
+    Incomplete(Box<Incomplete>),
     /// A session could not be opened, or was lost.
     #[error(transparent)]
     Session(#[from] SessionError),
@@ -171,7 +171,9 @@ impl Client {
                 match choose_route(&view) {
                     Some(route) => break route,
                     None if started.elapsed() < wait => tokio::time::sleep(LOOK_AGAIN).await,
-                    None => return Err(last_error.unwrap_or_else(|| view.incomplete().into())),
+                    None => {
+                        return Err(last_error.unwrap_or_else(|| ClientError::Incomplete(Box::new(view.incomplete()))));
+                    }
                 }
             };
             match Session::open(self, &route, limits).await {

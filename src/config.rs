@@ -11,9 +11,11 @@
 //! ```
 //!
 //! [`resolve`] turns those that neither the command line nor the environment sets into flags and parses again, so that
-//! a file goes through the same checks as a command line and no setting has a second definition.
+//! a file goes through the same checks as a command line and no setting has a second definition. Where two settings exclude
+//! each other, the one from the stronger source stands; see [`precedence`].
 
 mod file;
+mod precedence;
 
 use std::{
     env,
@@ -21,8 +23,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use clap::{Arg, ArgAction, ArgMatches, Command, error::ContextKind, error::ContextValue, parser::ValueSource};
+use clap::{Arg, ArgAction, ArgMatches, Command, error::ContextKind, error::ContextValue};
 use file::Setting;
+use precedence::{Given, Source};
 
 /// The argument that names the file, in every command that takes one.
 const CONFIG: &str = "config";
@@ -102,10 +105,12 @@ pub fn resolve(command: Command, args: Vec<OsString>) -> Result<ArgMatches, Conf
     let mut built = command.clone();
     built.build();
     let (leaf, leaf_matches) = innermost(&built, &partial);
+    let given = precedence::given(leaf, leaf_matches);
+    let command = precedence::without_environment(command, &precedence::silenced(leaf, &given));
     let Some(path) = config_path(leaf_matches) else { return Ok(command.try_get_matches_from(args)?) };
     let mut injected = Injected::default();
     for setting in file::read(&path)? {
-        injected.add(leaf, leaf_matches, &path, setting)?;
+        injected.add(leaf, &given, &path, setting)?;
     }
     let mut all = args;
     let place = leaf_position(&lenient, &all, &partial);
@@ -183,11 +188,11 @@ struct Injected {
 }
 
 impl Injected {
-    /// Adds a setting, unless the command line or the environment has it.
+    /// Adds a setting, unless the command line or the environment has it, or one that excludes it.
     fn add(
         &mut self,
         command: &Command,
-        matches: &ArgMatches,
+        given: &[Given<'_>],
         path: &Path,
         setting: Setting,
     ) -> Result<(), ConfigError> {
@@ -220,8 +225,8 @@ impl Injected {
             }
             _ => return wrong("takes one value, not a list"),
         };
-        let source = matches.value_source(arg.get_id().as_str());
-        if !matches!(source, Some(ValueSource::CommandLine | ValueSource::EnvVariable)) {
+        let is_given = given.iter().any(|other| other.arg.get_id() == arg.get_id());
+        if !is_given && !precedence::is_excluded(command, arg, Source::File, given) {
             self.args.extend(args);
         }
         self.flags.push(flag);

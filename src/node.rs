@@ -181,6 +181,7 @@ pub enum NodeError {
 pub struct Node {
     swarm: Swarm,
     sessions: Arc<Sessions>,
+    model: String,
     span: Range<usize>,
     tasks: Vec<tokio::task::JoinHandle<()>>,
 }
@@ -204,6 +205,7 @@ impl Node {
         {
             return Err(NodeError::NoSuchBlocks { asked: asked.clone(), model: options.model.clone(), blocks });
         }
+        let model = options.model.clone();
         let sessions = Sessions::new(options.sessions);
         let swarm = Swarm::start(network, Arc::new(NodeService(sessions.clone()))).await?;
         let serving = tokio::select! {
@@ -216,7 +218,7 @@ impl Node {
                     tokio::spawn(keep_announced(swarm.clone(), engine, announcement)),
                     tokio::spawn(keep_swept(sessions.clone())),
                 ];
-                Ok(Some(Self { swarm, sessions, span, tasks }))
+                Ok(Some(Self { swarm, sessions, model, span, tasks }))
             }
             other => {
                 swarm.withdraw().await;
@@ -229,6 +231,11 @@ impl Node {
     /// The network.
     pub fn swarm(&self) -> &Swarm {
         &self.swarm
+    }
+
+    /// What its model is called.
+    pub fn model(&self) -> &str {
+        &self.model
     }
 
     /// The blocks that it hosts.
@@ -311,6 +318,7 @@ async fn begin(
     };
     sessions.serve(Host { engine: engine.clone(), swarm: swarm.clone(), hosted });
     announcement.state = State::Online;
+    announcement.kernel_path = engine.kernel_path().to_owned();
     announcement.compute_tokens_per_second = tokens_per_second;
     update_load(&mut announcement, &engine);
     swarm.announce(announcement.clone()).await?;

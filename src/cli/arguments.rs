@@ -2,7 +2,7 @@
 
 use std::{ops::Range, path::PathBuf, str::FromStr, time::Duration};
 
-use clap::{Args, ValueEnum};
+use clap::{Args, ValueEnum, builder::RangedU64ValueParser};
 use libp2p::Multiaddr;
 
 use crate::{
@@ -11,6 +11,9 @@ use crate::{
     model::{Dtype, hub::HubOptions},
     swarm::{Role, SwarmConfig, identity::Identity},
 };
+
+/// The longest time that an argument may set: a day, seconds.
+const LONGEST_SECONDS: u64 = 24 * 60 * 60;
 
 /// The arguments are well formed and yet make no sense together: exit code 2.
 #[derive(Debug, thiserror::Error)]
@@ -65,7 +68,7 @@ pub(super) struct SwarmArgs {
     #[arg(long, value_name = "PREFIX")]
     pub(super) dht_prefix: Option<String>,
     /// How long to look for the first peer, seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 20)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 20, value_parser = seconds(1))]
     pub(super) join_timeout: u64,
     /// What the client's part (embedding and head) is kept in: auto is as stored.
     #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
@@ -81,6 +84,16 @@ pub(super) struct PeerArgs {
     /// Don't look for peers on the local network.
     #[arg(long)]
     pub(super) no_mdns: bool,
+    /// Neither use nor keep the addresses of peers that were met.
+    #[arg(long)]
+    pub(super) no_remember: bool,
+}
+
+impl PeerArgs {
+    /// Where the addresses of peers are kept for the next start.
+    pub(super) fn remember(&self) -> Option<PathBuf> {
+        (!self.no_remember).then(|| config::home().join("peers"))
+    }
 }
 
 /// Number formats, and `auto`.
@@ -121,6 +134,16 @@ pub(super) fn device(text: &str) -> Result<DeviceChoice, String> {
     }
 }
 
+/// A whole number of seconds, `least` to a day.
+pub(super) fn seconds(least: u64) -> RangedU64ValueParser<u64> {
+    RangedU64ValueParser::new().range(least..=LONGEST_SECONDS)
+}
+
+/// A number of something, at least one.
+pub(super) fn count() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..)
+}
+
 /// A half-open range of blocks, `START:END`.
 pub(super) fn block_range(text: &str) -> Result<Range<usize>, String> {
     let wrong = || "a range is START:END, half-open: 0:4 is blocks 0, 1, 2 and 3".to_owned();
@@ -137,15 +160,10 @@ pub(super) fn block_range(text: &str) -> Result<Range<usize>, String> {
 pub(super) fn client_network(peers: &PeerArgs) -> anyhow::Result<SwarmConfig> {
     Ok(SwarmConfig {
         initial_peers: peers.initial_peers.clone(),
-        remember: Some(remembered_path()),
+        remember: peers.remember(),
         mdns: !peers.no_mdns && peers.initial_peers.is_empty(),
         ..SwarmConfig::new(Identity::ephemeral(), Role::Client)
     })
-}
-
-/// Where nodes remember the peers that they knew.
-pub(super) fn remembered_path() -> PathBuf {
-    config::home().join("peers")
 }
 
 impl SwarmArgs {

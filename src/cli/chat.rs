@@ -1,15 +1,18 @@
 //! `helion client chat`: talk to a chat model.
 
+use std::{io::IsTerminal, path::PathBuf};
+
 use clap::Args;
-use rustyline::error::ReadlineError;
+use rustyline::{DefaultEditor, error::ReadlineError};
 
 use super::{
     arguments::SwarmArgs,
-    generate::{GenerationArgs, chat_ids, connect},
-    output::Shown,
+    generate::{GenerationArgs, chat_ids, connect_with, generate_shown, load_model},
+    output::{PrintError, Shown, print, say},
+    signals::{Interrupted, Signals, Stop},
 };
 use crate::{
-    client::{Client, ClientError, generation::GenerationOptions},
+    client::{Client, ClientError, generation::GenerationOptions, local_model::LocalModel},
     config,
     model::chat::Message,
 };
@@ -29,88 +32,159 @@ pub(super) struct ChatArgs {
 }
 
 pub(super) async fn run(args: ChatArgs) -> anyhow::Result<()> {
-    let options = args.generation.options();
-    options.sampling.validate()?;
-    let client = connect(&args.swarm, args.generation.patience()).await?;
-    converse(&client, &options, args.system.as_deref()).await?;
+    let mut signals = Signals::new()?;
+    let options = args.generation.options()?;
+    let connecting = async {
+        let model = load_model(&args.swarm).await?;
+        check_template(&model)?;
+        connect_with(&args.swarm, model, args.generation.patience()).await
+    };
+    let client = signals.guard(connecting).await?;
+    let result = converse(&client, &options, args.system.as_deref(), &mut signals).await;
     client.stop().await;
-    Ok(())
+    result
+}
+
+/// Fails where the model can't chat: better said before a message is typed.
+pub(super) fn check_template(model: &LocalModel) -> anyhow::Result<()> {
+    chat_ids(model, &[Message::new("user", "hello")]).map(|_| ())
 }
 
 /// Reads messages and streams answers until the user has enough.
-pub(super) async fn converse(client: &Client, options: &GenerationOptions, system: Option<&str>) -> anyhow::Result<()> {
+pub(super) async fn converse(
+    client: &Client,
+    options: &GenerationOptions,
+    system: Option<&str>,
+    signals: &mut Signals,
+) -> anyhow::Result<()> {
     let opening: Vec<Message> = system.map(|text| Message::new("system", text)).into_iter().collect();
     let mut messages = opening.clone();
-    chat_ids(client.model(), &[Message::new("user", "hello")])?; // no template: say so before a message is typed
-    let mut editor = rustyline::DefaultEditor::new()?;
-    let history = config::home().join("chat_history");
-    // The first chat has no history yet.
-    let _ = editor.load_history(&history);
-    eprintln!("chatting with {}; {COMMANDS}", client.model().name());
-    loop {
-        let line = match tokio::task::block_in_place(|| editor.readline("> ")) {
-            Ok(line) => line,
-            Err(ReadlineError::Eof) => break,
-            Err(ReadlineError::Interrupted) => continue,
-            Err(error) => return Err(error.into()),
-        };
-        let text = line.trim();
-        if text.is_empty() {
-            continue;
-        }
-        editor.add_history_entry(text)?;
-        match text {
+    let mut lines = TypedLines::new()?;
+    say(format_args!("chatting with {}; {COMMANDS}", client.model().name()));
+    while let Some(line) = lines.next(signals).await? {
+        match line.as_str() {
             "/quit" | "/exit" => break,
             "/reset" => {
                 messages = opening.clone();
-                eprintln!("forgotten");
-                continue;
+                say(format_args!("forgotten"));
             }
-            command if command.starts_with('/') => {
-                eprintln!("unknown command {command}: {COMMANDS}");
-                continue;
-            }
-            _ => {}
-        }
-        messages.push(Message::new("user", text));
-        match answer(client, options, &messages).await? {
-            Some(answer) => messages.push(Message::new("assistant", answer)),
-            None => {
-                messages.pop();
+            command if command.starts_with('/') => say(format_args!("unknown command {command}: {COMMANDS}")),
+            text => {
+                messages.push(Message::new("user", text));
+                match answer(client, options, &messages, signals).await? {
+                    Some(answer) => messages.push(Message::new("assistant", answer)),
+                    None => {
+                        messages.pop();
+                    }
+                }
             }
         }
-    }
-    if let Err(error) = std::fs::create_dir_all(config::home())
-        .map_err(ReadlineError::from)
-        .and_then(|()| editor.save_history(&history))
-    {
-        tracing::warn!("the history can't be kept in {}: {error}", history.display());
     }
     Ok(())
 }
 
 /// Streams one answer. `None` where there is none: it failed, or was stopped before its end.
-async fn answer(client: &Client, options: &GenerationOptions, messages: &[Message]) -> anyhow::Result<Option<String>> {
+async fn answer(
+    client: &Client,
+    options: &GenerationOptions,
+    messages: &[Message],
+    signals: &mut Signals,
+) -> anyhow::Result<Option<String>> {
     let ids = chat_ids(client.model(), messages)?;
-    let mut show = |event| Shown::Text.event(&event);
     let result = tokio::select! {
-        result = client.generate(&ids, options, &mut show) => result,
-        _ = tokio::signal::ctrl_c() => {
-            println!();
-            eprintln!("stopped; the message is not part of the conversation");
+        result = generate_shown(client, &ids, options, Shown::Text) => result,
+        stop = signals.received() => {
+            print(format_args!("\n"))?;
+            if stop == Stop::Terminate {
+                return Err(Interrupted.into());
+            }
+            say(format_args!("stopped; the message is not part of the conversation"));
             return Ok(None);
         }
     };
-    println!();
     match result {
-        Ok(generation) => Ok(Some(generation.text)),
-        Err(error @ ClientError::Request(_)) => {
-            eprintln!("error: {error} (/reset starts anew)");
+        Ok(generation) => {
+            print(format_args!("\n"))?;
+            Ok(Some(generation.text))
+        }
+        Err(error) if error.is::<PrintError>() => Err(error),
+        Err(error) => {
+            print(format_args!("\n"))?;
+            let way_out = match error.downcast_ref() {
+                Some(ClientError::Request(_)) => " (/reset starts anew)",
+                _ => "",
+            };
+            say(format_args!("error: {error:#}{way_out}"));
             Ok(None)
         }
-        Err(error) => {
-            eprintln!("error: {error}");
-            Ok(None)
+    }
+}
+
+/// The lines that the user types, with a history that is kept.
+struct TypedLines {
+    /// `None` while a line is read elsewhere.
+    editor: Option<DefaultEditor>,
+    history: PathBuf,
+    /// On a terminal Ctrl-C at the prompt is a key like others, and clears the line.
+    on_terminal: bool,
+}
+
+impl TypedLines {
+    fn new() -> anyhow::Result<Self> {
+        let mut editor = DefaultEditor::new()?;
+        let history = config::home().join("chat_history");
+        // The first chat has no history yet.
+        let _ = editor.load_history(&history);
+        Ok(Self { editor: Some(editor), history, on_terminal: std::io::stdin().is_terminal() })
+    }
+
+    /// The next line with something in it, without white space around it; `None` at the end of input.
+    ///
+    /// # Errors
+    /// [`Interrupted`] by a signal, or what the terminal says.
+    async fn next(&mut self, signals: &mut Signals) -> anyhow::Result<Option<String>> {
+        loop {
+            // Only missing where an earlier call was interrupted.
+            let mut editor = self.editor.take().ok_or(Interrupted)?;
+            // A read can't be taken back: it goes on in its thread where a signal ends the chat.
+            let mut reading = tokio::task::spawn_blocking(move || {
+                let line = editor.readline("> ");
+                (editor, line)
+            });
+            let (mut editor, line) = loop {
+                tokio::select! {
+                    read = &mut reading => break read?,
+                    stop = signals.received() => {
+                        if stop == Stop::Terminate || !self.on_terminal {
+                            return Err(Interrupted.into());
+                        }
+                    }
+                }
+            };
+            let line = match line {
+                Ok(line) => line.trim().to_owned(),
+                Err(ReadlineError::Interrupted) => String::new(),
+                Err(ReadlineError::Eof) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            };
+            if !line.is_empty() {
+                editor.add_history_entry(&line)?;
+                self.save(&mut editor);
+            }
+            self.editor = Some(editor);
+            if !line.is_empty() {
+                return Ok(Some(line));
+            }
+        }
+    }
+
+    /// Keeps the history after every line, so that no way of ending loses it.
+    fn save(&self, editor: &mut DefaultEditor) {
+        if let Err(error) = std::fs::create_dir_all(config::home())
+            .map_err(ReadlineError::from)
+            .and_then(|()| editor.save_history(&self.history))
+        {
+            tracing::warn!("the history can't be kept in {}: {error}", self.history.display());
         }
     }
 }

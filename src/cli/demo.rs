@@ -12,10 +12,12 @@ use clap::Args;
 
 use self::processes::Processes;
 use super::{
-    arguments::{DtypeArg, HubArgs, ModelArgs, PeerArgs, SwarmArgs},
-    chat::converse,
-    generate::{chat_ids, connect_with, load_model},
-    output::{Shown, summary},
+    LogFormat,
+    arguments::{DtypeArg, HubArgs, ModelArgs, PeerArgs, SwarmArgs, count},
+    chat::{check_template, converse},
+    generate::{chat_ids, connect_with, generate_shown, load_model},
+    output::{Shown, print, say, summary},
+    signals::Signals,
 };
 use crate::{
     client::{Client, generation::GenerationOptions, session::Patience},
@@ -35,36 +37,53 @@ pub(super) struct DemoArgs {
     #[command(flatten)]
     hub: HubArgs,
     /// Tokens to generate at most.
-    #[arg(long, value_name = "N", default_value_t = 256)]
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = count())]
     max_tokens: usize,
     /// Print one JSON object, like `client generate --json`; needs a prompt.
     #[arg(long, requires = "prompt")]
     json: bool,
 }
 
-pub(super) async fn run(args: DemoArgs) -> anyhow::Result<()> {
-    tokio::select! {
-        // First in line: processes are stopped by being dropped, before this one exits.
-        biased;
-        _ = tokio::signal::ctrl_c(), if args.prompt.is_some() => anyhow::bail!("interrupted"),
-        result = show(&args) => result,
-    }
+pub(super) async fn run(args: DemoArgs, log_format: LogFormat) -> anyhow::Result<()> {
+    let mut signals = Signals::new()?;
+    let scratch = tempfile::tempdir().context("no directory for the demo's files")?;
+    let mut processes = Processes::new(scratch.path().to_owned(), log_format)?;
+    let result = show(&args, scratch.path(), &mut processes, &mut signals).await;
+    processes.stop().await;
+    result
 }
 
-async fn show(args: &DemoArgs) -> anyhow::Result<()> {
-    let scratch = tempfile::tempdir().context("no directory for the demo's files")?;
+async fn show(args: &DemoArgs, scratch: &Path, processes: &mut Processes, signals: &mut Signals) -> anyhow::Result<()> {
+    let client = signals.guard(start(args, scratch, processes)).await?;
+    let options = GenerationOptions {
+        max_tokens: args.max_tokens,
+        wait: Duration::from_secs(30),
+        ..GenerationOptions::default()
+    };
+    let result = match &args.prompt {
+        Some(prompt) => signals.guard(ask(&client, &options, prompt, args.json)).await,
+        None => converse(&client, &options, None, signals).await,
+    };
+    client.stop().await;
+    result
+}
+
+/// Starts the swarm and joins it.
+async fn start(args: &DemoArgs, scratch: &Path, processes: &mut Processes) -> anyhow::Result<Client> {
     let (model, dtype) = match &args.model {
         Some(model) => (model.clone(), DtypeArg::Auto),
-        None => (unpack(scratch.path())?.display().to_string(), DtypeArg::F32),
+        None => (unpack(scratch)?.display().to_string(), DtypeArg::F32),
     };
     let mut swarm = SwarmArgs {
         model: ModelArgs { model, hub: args.hub.clone() },
-        peers: PeerArgs { initial_peers: Vec::new(), no_mdns: true },
+        // Nobody will find these peers again.
+        peers: PeerArgs { initial_peers: Vec::new(), no_mdns: true, no_remember: true },
         dht_prefix: None,
         join_timeout: 20,
         dtype,
     };
     let local = load_model(&swarm).await?;
+    check_template(&local)?;
     let blocks = local.spec().num_blocks();
     anyhow::ensure!(
         args.nodes <= blocks,
@@ -73,34 +92,20 @@ async fn show(args: &DemoArgs) -> anyhow::Result<()> {
         local.name()
     );
 
-    eprintln!("starting a bootstrap node and {} nodes …", args.nodes);
-    let mut processes = Processes::new(scratch.path().to_owned())?;
+    say(format_args!("starting a bootstrap node and {} nodes …", args.nodes));
     let bootstrap = processes.start_bootstrap().await?;
     swarm.peers.initial_peers = vec![bootstrap];
     processes.start_nodes(&swarm, blocks, args.nodes).await?;
-
-    let client = connect_with(&swarm, local, Patience::default()).await?;
-    let options = GenerationOptions {
-        max_tokens: args.max_tokens,
-        wait: Duration::from_secs(30),
-        ..GenerationOptions::default()
-    };
-    match &args.prompt {
-        Some(prompt) => ask(&client, &options, prompt, args.json).await?,
-        None => converse(&client, &options, None).await?,
-    }
-    client.stop().await;
-    processes.stop().await;
-    Ok(())
+    connect_with(&swarm, local, Patience::default()).await
 }
 
 async fn ask(client: &Client, options: &GenerationOptions, prompt: &str, json: bool) -> anyhow::Result<()> {
     let ids = chat_ids(client.model(), &[Message::new("user", prompt)])?;
     let shown = if json { Shown::Json } else { Shown::Text };
-    let generation = client.generate(&ids, options, &mut |event| shown.event(&event)).await?;
+    let generation = generate_shown(client, &ids, options, shown).await?;
     shown.result(&generation)?;
     if !json {
-        println!("\n{}", summary(&generation));
+        print(format_args!("\n{}\n", summary(&generation)))?;
     }
     Ok(())
 }

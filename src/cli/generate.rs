@@ -1,20 +1,21 @@
 //! `helion client generate`: continue a prompt.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use clap::Args;
 
 use super::{
-    arguments::{SwarmArgs, Usage, client_network},
-    output::{Shown, summary},
+    arguments::{SwarmArgs, Usage, client_network, count, seconds},
+    output::{Display, Shown, say, summary},
+    signals::Signals,
 };
 use crate::{
     client::{
         Client,
-        generation::GenerationOptions,
+        generation::{Generation, GenerationOptions},
         local_model::{EdgesChoice, LocalModel, ModelIdentity},
-        sampling::SamplingOptions,
+        sampling::{InvalidOption, SamplingOptions},
         session::Patience,
     },
     engine::DeviceChoice,
@@ -64,7 +65,7 @@ struct PromptArgs {
 #[derive(Debug, Clone, Args)]
 pub(super) struct GenerationArgs {
     /// Tokens to generate at most.
-    #[arg(long, value_name = "N", default_value_t = 256)]
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = count())]
     max_tokens: usize,
     /// Randomness; 0 always takes the likeliest token.
     #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
@@ -100,32 +101,36 @@ pub(super) struct GenerationArgs {
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=4096))]
     prefill_chunk: usize,
     /// How long to wait for a swarm that does not have all blocks yet, seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 0, value_parser = seconds(0))]
     wait: u64,
     /// How long a step may take while all hops are alive, seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = seconds(1))]
     step_timeout: u64,
 }
 
 impl GenerationArgs {
-    pub(super) fn options(&self) -> GenerationOptions {
-        GenerationOptions {
+    pub(super) fn options(&self) -> Result<GenerationOptions, Usage> {
+        let sampling = SamplingOptions {
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            frequency_penalty: self.frequency_penalty,
+            presence_penalty: self.presence_penalty,
+            seed: self.seed,
+        };
+        sampling.validate().map_err(|InvalidOption { field, value, range }| {
+            Usage(format!("--{} is {value}, but must be {range}", field.replace('_', "-")))
+        })?;
+        Ok(GenerationOptions {
             max_tokens: self.max_tokens,
-            sampling: SamplingOptions {
-                temperature: self.temperature,
-                top_p: self.top_p,
-                top_k: self.top_k,
-                min_p: self.min_p,
-                repetition_penalty: self.repetition_penalty,
-                frequency_penalty: self.frequency_penalty,
-                presence_penalty: self.presence_penalty,
-                seed: self.seed,
-            },
+            sampling,
             stop: self.stop.clone(),
             ignore_eos: self.ignore_eos,
             prefill_chunk: self.prefill_chunk,
             wait: Duration::from_secs(self.wait),
-        }
+        })
     }
 
     pub(super) fn patience(&self) -> Patience {
@@ -149,7 +154,9 @@ pub(super) async fn load_model(args: &SwarmArgs) -> anyhow::Result<Arc<LocalMode
     };
     let checkpoint = source.fetch_edges().await?;
     let choice = EdgesChoice { dtype: args.dtype.dtype(), device: DeviceChoice::Auto };
-    Ok(Arc::new(LocalModel::load(&checkpoint, identity, choice)?))
+    // On a thread of its own, so that Ctrl-C is heard meanwhile.
+    let loaded = tokio::task::spawn_blocking(move || LocalModel::load(&checkpoint, identity, choice)).await?;
+    Ok(Arc::new(loaded?))
 }
 
 /// Joins the swarm of a model.
@@ -159,6 +166,33 @@ pub(super) async fn connect_with(
     patience: Patience,
 ) -> anyhow::Result<Client> {
     Ok(Client::connect(model, client_network(&args.peers)?, patience, args.join_timeout()).await?)
+}
+
+/// Does `work` with a client and leaves the swarm, however the work ended: the hops are told that its sessions are over, and
+/// don't hold their cache until they notice.
+pub(super) async fn use_client<T>(
+    client: &Client,
+    signals: &mut Signals,
+    work: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<T> {
+    let result = signals.guard(work).await;
+    client.stop().await;
+    result
+}
+
+/// Generates and shows what comes. Ends early where nobody reads it any more.
+pub(super) async fn generate_shown(
+    client: &Client,
+    ids: &[u32],
+    options: &GenerationOptions,
+    shown: Shown,
+) -> anyhow::Result<Generation> {
+    let display = Display::new(shown);
+    let mut show = |event| display.event(&event);
+    tokio::select! {
+        generation = client.generate(ids, options, &mut show) => Ok(generation?),
+        error = display.failed() => Err(error.into()),
+    }
 }
 
 impl PromptArgs {
@@ -187,25 +221,23 @@ pub(super) fn chat_ids(model: &LocalModel, messages: &[Message]) -> anyhow::Resu
 }
 
 pub(super) async fn run(args: GenerateArgs) -> anyhow::Result<()> {
-    let options = args.generation.options();
-    options.sampling.validate()?;
-    let model = load_model(&args.swarm).await?;
-    let ids = args.prompt.ids(&model)?;
-    let client = connect_with(&args.swarm, model, args.generation.patience()).await?;
+    let mut signals = Signals::new()?;
+    let options = args.generation.options()?;
+    let connecting = async {
+        let model = load_model(&args.swarm).await?;
+        let ids = args.prompt.ids(&model)?;
+        Ok((connect_with(&args.swarm, model, args.generation.patience()).await?, ids))
+    };
+    let (client, ids) = signals.guard(connecting).await?;
     let shown = match (args.json, args.json_stream) {
         (true, _) => Shown::Json,
         (_, true) => Shown::JsonStream,
         _ => Shown::Text,
     };
-    let mut show = |event| shown.event(&event);
-    let generation = tokio::select! {
-        generation = client.generate(&ids, &options, &mut show) => generation?,
-        _ = tokio::signal::ctrl_c() => anyhow::bail!("interrupted"),
-    };
+    let generation = use_client(&client, &mut signals, generate_shown(&client, &ids, &options, shown)).await?;
     shown.result(&generation)?;
     if shown == Shown::Text {
-        eprintln!("{}", summary(&generation));
+        say(format_args!("{}", summary(&generation)));
     }
-    client.stop().await;
     Ok(())
 }

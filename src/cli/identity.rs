@@ -25,6 +25,5 @@ pub(super) fn run(command: IdentityCommand) -> anyhow::Result<()> {
         IdentityCommand::New { path } => Identity::create_new(&path)?.peer_id(),
         IdentityCommand::Show { path } => Identity::read(&path)?.peer_id(),
     };
-    println!("peer id: {peer_id}");
-    Ok(())
+    Ok(super::output::print(format_args!("peer id: {peer_id}\n"))?)
 }

@@ -1,13 +1,15 @@
 //! `helion node`: serve a swarm.
 
-use std::{net::Ipv4Addr, ops::Range, path::PathBuf, sync::Arc, time::Duration};
+use std::{future::Future, net::Ipv4Addr, ops::Range, path::PathBuf, pin::pin, sync::Arc, time::Duration};
 
 use clap::{Args, Subcommand};
 use libp2p::Multiaddr;
 
 use super::{
-    arguments::{DtypeArg, ModelArgs, PeerArgs, Usage, block_range, device, remembered_path},
+    arguments::{DtypeArg, ModelArgs, PeerArgs, Usage, block_range, count, device, seconds},
+    output::print,
     progress::Progress,
+    signals::Signals,
 };
 use crate::{
     config,
@@ -49,7 +51,7 @@ struct ListenArgs {
     #[arg(long, conflicts_with = "initial_peers")]
     new_swarm: bool,
     /// How long to look for the first peer, seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 20)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 20, value_parser = seconds(1))]
     join_timeout: u64,
     /// Stop when standard input ends: for programs that start a node and must not leave it behind.
     #[arg(long, hide = true)]
@@ -67,7 +69,7 @@ pub(super) struct ServeArgs {
     #[arg(long, value_name = "START:END", value_parser = block_range, conflicts_with = "num_blocks")]
     blocks: Option<Range<usize>>,
     /// How many blocks to host, where the swarm needs them most [default: as many as memory holds].
-    #[arg(long, value_name = "N", value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
+    #[arg(long, value_name = "N", value_parser = count())]
     num_blocks: Option<usize>,
     #[command(flatten)]
     listen: ListenArgs,
@@ -81,13 +83,13 @@ pub(super) struct ServeArgs {
     #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
     dtype: DtypeArg,
     /// Tokens in the KV cache, over all sessions.
-    #[arg(long, value_name = "N", default_value_t = 16384)]
+    #[arg(long, value_name = "N", default_value_t = 16384, value_parser = count())]
     attn_cache_tokens: usize,
     /// Sessions at a time.
-    #[arg(long, value_name = "N", default_value_t = SessionSettings::default().max_sessions)]
+    #[arg(long, value_name = "N", default_value_t = SessionSettings::default().max_sessions, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=65_536))]
     max_sessions: usize,
     /// How long a step may wait for its turn and for cache, seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = SessionSettings::default().step_deadline.as_secs())]
+    #[arg(long, value_name = "SECONDS", default_value_t = SessionSettings::default().step_deadline.as_secs(), value_parser = seconds(1))]
     step_deadline: u64,
     /// A name that others see in `helion client status`.
     #[arg(long, value_name = "NAME", default_value = "")]
@@ -117,21 +119,14 @@ impl ListenArgs {
             listen,
             announce: self.announce_maddrs.clone(),
             initial_peers: self.peers.initial_peers.clone(),
-            remember: Some(remembered_path()),
+            remember: self.peers.remember(),
             mdns: !self.peers.no_mdns,
             ..SwarmConfig::new(identity, Role::Server)
         })
     }
 
     /// Waits for SIGTERM, Ctrl-C, or the end of standard input where that counts.
-    async fn stop_requested(&self) -> anyhow::Result<()> {
-        #[cfg(unix)]
-        let terminate = async {
-            tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?.recv().await;
-            std::io::Result::Ok(())
-        };
-        #[cfg(not(unix))]
-        let terminate = std::future::pending::<std::io::Result<()>>();
+    async fn stop_requested(&self, mut signals: Signals) {
         let stdin_ends = async {
             if !self.stop_with_stdin {
                 std::future::pending::<()>().await;
@@ -141,11 +136,9 @@ impl ListenArgs {
             let _ = tokio::io::copy(&mut stdin, &mut tokio::io::sink()).await;
         };
         tokio::select! {
-            result = terminate => result?,
-            result = tokio::signal::ctrl_c() => result?,
+            _ = signals.received() => {}
             () = stdin_ends => {}
         }
-        Ok(())
     }
 }
 
@@ -160,15 +153,54 @@ fn everywhere(port: u16) -> Vec<Multiaddr> {
         .collect()
 }
 
-/// Prints the addresses that others start from: one a line, on stdout.
-fn print_addresses(swarm: &Swarm) {
-    println!("others join with one of:");
+/// Prints who this is and the addresses that others start from, one a line, on stdout.
+fn introduce(who: &str, swarm: &Swarm) {
+    let mut text = format!("{who} {}\nothers join with one of:\n", swarm.peer_id());
     for address in swarm.addresses() {
-        println!("  --initial-peers {address}/p2p/{}", swarm.peer_id());
+        text += &format!("  --initial-peers {address}/p2p/{}\n", swarm.peer_id());
+    }
+    // A node serves its peers, also where whoever started it has read enough.
+    if let Err(error) = print(format_args!("{text}")) {
+        tracing::warn!(%error, "the addresses of this node were not printed");
     }
 }
 
+/// Takes leave, or goes at once where it is asked to stop again.
+async fn leave(leaving: impl Future<Output = ()>) -> anyhow::Result<()> {
+    let mut again = Signals::new()?;
+    tokio::select! {
+        () = leaving => {}
+        _ = again.received() => tracing::warn!("stopped before it had left the swarm"),
+    }
+    Ok(())
+}
+
 pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
+    let mut stop = pin!(args.listen.stop_requested(Signals::new()?));
+    let prepared = tokio::select! {
+        prepared = prepare(&args) => Some(prepared?),
+        () = &mut stop => None,
+    };
+    let node = match prepared {
+        Some((source, options, network)) => {
+            let on_event = Arc::new(report(args.listen.new_swarm));
+            Node::start(source, options, network, on_event, stop.as_mut()).await?
+        }
+        None => None,
+    };
+    let Some(node) = node else {
+        tracing::info!("stopped before it served");
+        return Ok(());
+    };
+    let span = node.span();
+    introduce(&format!("serving blocks {}:{} of {} as", span.start, span.end, node.model()), node.swarm());
+    stop.await;
+    tracing::info!(sessions = node.sessions().count(), "leaving");
+    leave(node.leave()).await
+}
+
+/// What a node needs to start.
+async fn prepare(args: &ServeArgs) -> anyhow::Result<(ModelSource, NodeOptions, SwarmConfig)> {
     let source = ModelSource::open(&args.model.model, args.model.hub.options()).await?;
     let fingerprint = source.fingerprint().await?;
     let network = args.listen.network()?;
@@ -194,10 +226,15 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         beginning: args.listen.beginning(),
         join_timeout: Duration::from_secs(args.listen.join_timeout),
     };
-    let model = options.model.clone();
+    Ok((source, options, network))
+}
+
+/// Writes a node's way to serving to the log.
+fn report(first: bool) -> impl Fn(NodeEvent) + Send + Sync {
     let progress = Progress::new("loading blocks");
-    let on_event = Arc::new(move |event: NodeEvent| match event {
+    move |event| match event {
         NodeEvent::Joined { peers } => tracing::info!(peers, "joined the swarm"),
+        NodeEvent::NewSwarm if first => tracing::info!("this node starts a new swarm"),
         NodeEvent::NewSwarm => tracing::info!("no peer was found: this node starts a new swarm"),
         NodeEvent::Chose { span, of } => tracing::info!("hosting blocks {}:{} of {of}", span.start, span.end),
         NodeEvent::Loading { done, of } => progress.update(done as u64, of as u64),
@@ -205,33 +242,32 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
             "online: {:.1} MiB of weights, {tokens_per_second:.0} tokens a second",
             loaded_bytes as f64 / f64::from(1 << 20)
         ),
-    });
-    let stop = args.listen.stop_requested();
-    let mut stop = std::pin::pin!(stop);
-    let mut stopped = Ok(());
-    let stop_early = async { stopped = stop.as_mut().await };
-    let Some(node) = Node::start(source, options, network, on_event, stop_early).await? else { return stopped };
-    let span = node.span();
-    println!("serving blocks {}:{} of {model} as {}", span.start, span.end, node.swarm().peer_id());
-    print_addresses(node.swarm());
-    stop.await?;
-    tracing::info!(sessions = node.sessions().count(), "leaving");
-    node.leave().await;
-    Ok(())
+    }
 }
 
 pub(super) async fn bootstrap(args: BootstrapArgs) -> anyhow::Result<()> {
-    let swarm = Swarm::start(args.listen.network()?, Arc::new(BootstrapService)).await?;
-    let timeout = Duration::from_secs(args.listen.join_timeout);
-    match join(&swarm, args.listen.beginning(), timeout).await? {
+    let mut stop = pin!(args.listen.stop_requested(Signals::new()?));
+    let swarm = tokio::select! {
+        swarm = start_bootstrap(&args.listen) => swarm?,
+        () = &mut stop => {
+            tracing::info!("stopped before it had joined");
+            return Ok(());
+        }
+    };
+    introduce("bootstrap node", &swarm);
+    stop.await;
+    tracing::info!("leaving");
+    leave(swarm.stop()).await
+}
+
+async fn start_bootstrap(listen: &ListenArgs) -> anyhow::Result<Swarm> {
+    let swarm = Swarm::start(listen.network()?, Arc::new(BootstrapService)).await?;
+    match join(&swarm, listen.beginning(), Duration::from_secs(listen.join_timeout)).await? {
+        0 if listen.new_swarm => tracing::info!("this node starts a new DHT"),
         0 => tracing::info!("no peer was found: this node starts a new DHT"),
         peers => tracing::info!(peers, "joined the DHT"),
     }
-    println!("bootstrap node {}", swarm.peer_id());
-    print_addresses(&swarm);
-    args.listen.stop_requested().await?;
-    swarm.stop().await;
-    Ok(())
+    Ok(swarm)
 }
 
 /// The swarm's prefix: as given, or from the model's name.

@@ -1,26 +1,52 @@
 //! How results are printed.
+//!
+//! Nothing here panics where a stream is closed (`helion client status | head -1`), as `println!` would: on stdout it is
+//! [`PrintError::ReaderGone`], which ends the command quietly; what can't be said on stderr is lost.
 
-use std::io::Write;
+use std::{
+    fmt::Arguments,
+    io::{self, Write},
+    sync::{Mutex, PoisonError},
+};
 
-use anyhow::Context;
 use serde::Serialize;
+use tokio::sync::Notify;
 
 use crate::client::generation::{Generation, GenerationEvent};
 
-/// Prints one JSON object and a line end.
-pub(super) fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
-    let mut stdout = std::io::stdout().lock();
-    serde_json::to_writer(&mut stdout, value).context("the result can't be printed")?;
-    writeln!(stdout)?;
-    Ok(())
+/// Why standard output does not take a result.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum PrintError {
+    /// Whoever read it has seen enough and left.
+    #[error("nobody reads standard output any more")]
+    ReaderGone,
+    /// For example a full disk.
+    #[error("standard output can't be written: {0}")]
+    Failed(io::Error),
 }
 
-/// Prints a piece of text at once.
-pub(super) fn print_text(text: &str) {
-    let mut stdout = std::io::stdout().lock();
-    // A reader that has gone (a closed pipe) is noticed when the result is printed.
-    let _ = stdout.write_all(text.as_bytes());
-    let _ = stdout.flush();
+impl From<io::Error> for PrintError {
+    fn from(error: io::Error) -> Self {
+        if error.kind() == io::ErrorKind::BrokenPipe { Self::ReaderGone } else { Self::Failed(error) }
+    }
+}
+
+/// Writes to standard output at once; the line end is the caller's.
+pub(super) fn print(text: Arguments<'_>) -> Result<(), PrintError> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_fmt(text)?;
+    Ok(stdout.flush()?)
+}
+
+/// Writes a line to standard error. Where that is closed there is nobody to tell.
+pub(super) fn say(text: Arguments<'_>) {
+    let _ = writeln!(io::stderr().lock(), "{text}");
+}
+
+/// Prints one JSON object and a line end.
+pub(super) fn print_json(value: &impl Serialize) -> Result<(), PrintError> {
+    let text = serde_json::to_string(value).map_err(|error| PrintError::Failed(error.into()))?;
+    print(format_args!("{text}\n"))
 }
 
 /// How a generation is shown while it runs.
@@ -35,26 +61,47 @@ pub(super) enum Shown {
 }
 
 impl Shown {
+    /// Shows the result.
+    pub(super) fn result(self, generation: &Generation) -> Result<(), PrintError> {
+        match self {
+            Self::Text => print(format_args!("\n")),
+            Self::Json | Self::JsonStream => print_json(generation),
+        }
+    }
+}
+
+/// Shows what happens in one generation, and tells when that can't be shown any more.
+pub(super) struct Display {
+    shown: Shown,
+    failure: Mutex<Option<PrintError>>,
+    failed: Notify,
+}
+
+impl Display {
+    pub(super) fn new(shown: Shown) -> Self {
+        Self { shown, failure: Mutex::default(), failed: Notify::new() }
+    }
+
     /// Shows what happens on the way.
-    pub(super) fn event(self, event: &GenerationEvent) {
-        match (self, event) {
-            (Self::Text, GenerationEvent::Token { text, .. }) => print_text(text),
-            (Self::JsonStream, event) => {
-                // As for text: a reader that has gone is noticed at the end.
-                let _ = print_json(event);
-            }
-            _ => {}
+    pub(super) fn event(&self, event: &GenerationEvent) {
+        let printed = match (self.shown, event) {
+            (Shown::Text, GenerationEvent::Token { text, .. }) => print(format_args!("{text}")),
+            (Shown::JsonStream, event) => print_json(event),
+            _ => Ok(()),
+        };
+        if let Err(error) = printed {
+            self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            self.failed.notify_one();
         }
     }
 
-    /// Shows the result.
-    pub(super) fn result(self, generation: &Generation) -> anyhow::Result<()> {
-        match self {
-            Self::Text => {
-                println!();
-                Ok(())
+    /// Returns when something could not be printed: the rest would be computed for nobody.
+    pub(super) async fn failed(&self) -> PrintError {
+        loop {
+            if let Some(error) = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                return error;
             }
-            Self::Json | Self::JsonStream => print_json(generation),
+            self.failed.notified().await;
         }
     }
 }

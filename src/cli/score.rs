@@ -6,7 +6,13 @@ use anyhow::Context;
 use clap::Args;
 use safetensors::tensor::TensorView;
 
-use super::{arguments::SwarmArgs, generate::connect};
+use super::{
+    arguments::{SwarmArgs, seconds},
+    generate::{connect, use_client},
+    output::say,
+    signals::Signals,
+};
+use crate::client::{Client, generation::GenerationOptions, session::Patience};
 
 #[derive(Debug, Args)]
 pub(super) struct ScoreArgs {
@@ -22,13 +28,21 @@ pub(super) struct ScoreArgs {
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=4096))]
     prefill_chunk: usize,
     /// How long to wait for a swarm that does not have all blocks yet, seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 0, value_parser = seconds(0))]
     wait: u64,
 }
 
 pub(super) async fn run(args: ScoreArgs) -> anyhow::Result<()> {
-    use crate::client::{generation::GenerationOptions, session::Patience};
-    let client = connect(&args.swarm, Patience::default()).await?;
+    let mut signals = Signals::new()?;
+    if let Some(directory) = args.out.parent().filter(|directory| !directory.as_os_str().is_empty()) {
+        // Better now than when all is computed.
+        anyhow::ensure!(directory.is_dir(), "{} can't be written: there is no such directory", args.out.display());
+    }
+    let client = signals.guard(connect(&args.swarm, Patience::default())).await?;
+    use_client(&client, &mut signals, score(&client, &args)).await
+}
+
+async fn score(client: &Client, args: &ScoreArgs) -> anyhow::Result<()> {
     let options = GenerationOptions {
         prefill_chunk: args.prefill_chunk,
         wait: std::time::Duration::from_secs(args.wait),
@@ -40,7 +54,6 @@ pub(super) async fn run(args: ScoreArgs) -> anyhow::Result<()> {
     let view = TensorView::new(safetensors::Dtype::F32, vec![args.input_ids.len(), vocabulary], &bytes)?;
     safetensors::serialize_to_file([("logits", view)], None, &args.out)
         .with_context(|| format!("the logits can't be written to {}", args.out.display()))?;
-    eprintln!("wrote logits [{}, {vocabulary}] to {}", args.input_ids.len(), args.out.display());
-    client.stop().await;
+    say(format_args!("wrote logits [{}, {vocabulary}] to {}", args.input_ids.len(), args.out.display()));
     Ok(())
 }

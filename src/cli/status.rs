@@ -4,8 +4,14 @@ use std::{fmt::Write, time::Duration};
 
 use clap::Args;
 
-use super::{arguments::SwarmArgs, generate::connect, output::print_json};
+use super::{
+    arguments::{SwarmArgs, seconds},
+    generate::{connect, use_client},
+    output::{print, print_json},
+    signals::{Interrupted, Signals},
+};
 use crate::client::{
+    Client,
     session::Patience,
     view::{Status, SwarmView},
 };
@@ -21,30 +27,35 @@ pub(super) struct StatusArgs {
     #[arg(long)]
     watch: bool,
     /// How long to wait between two looks, seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = seconds(1))]
     every: u64,
 }
 
 pub(super) async fn run(args: StatusArgs) -> anyhow::Result<()> {
-    let client = connect(&args.swarm, Patience::default()).await?;
+    let mut signals = Signals::new()?;
+    let client = signals.guard(connect(&args.swarm, Patience::default())).await?;
+    match use_client(&client, &mut signals, show(&client, &args)).await {
+        // That is how one ends watching.
+        Err(error) if args.watch && error.is::<Interrupted>() => Ok(()),
+        result => result,
+    }
+}
+
+/// Looks and prints: once, or for ever.
+async fn show(client: &Client, args: &StatusArgs) -> anyhow::Result<()> {
     loop {
         let mut view = client.observer().look_up().await?;
         client.observer().measure(&mut view, false).await;
         if args.json {
             print_json(&Status::from(&view))?;
         } else {
-            print!("{}", table(&view));
+            print(format_args!("{}", table(&view)))?;
         }
         if !args.watch {
-            break;
+            return Ok(());
         }
-        tokio::select! {
-            () = tokio::time::sleep(Duration::from_secs(args.every)) => {}
-            _ = tokio::signal::ctrl_c() => break,
-        }
+        tokio::time::sleep(Duration::from_secs(args.every)).await;
     }
-    client.stop().await;
-    Ok(())
 }
 
 /// The swarm as a table, for people.

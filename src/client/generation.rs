@@ -164,8 +164,7 @@ impl Client {
             text: String::new(),
             output_ids: Vec::new(),
         };
-        let mut answer =
-            self.prefill(&mut session, prompt_ids, options.prefill_chunk, Want::Last, &mut |_| Ok(())).await?;
+        let mut answer = self.prefill(&mut session, prompt_ids.chunks(options.prefill_chunk.max(1)), &mut None).await?;
         let mut first_token = None;
         let finish_reason = loop {
             let logits = self.logits(&answer)?;
@@ -219,13 +218,10 @@ impl Client {
             max_step_tokens: options.prefill_chunk.min(ids.len()).max(1) as u32,
         };
         let (mut session, _) = self.open_session(limits, options.wait).await?;
-        let mut logits = Vec::with_capacity(ids.len() * self.model().spec().vocab_size);
-        let mut take = |answer: &StepAnswer| {
-            logits.extend(self.logits(answer)?);
-            Ok(())
-        };
-        self.prefill(&mut session, ids, options.prefill_chunk, Want::All, &mut take).await?;
-        Ok(logits)
+        let logits = Vec::with_capacity(ids.len() * self.model().spec().vocab_size);
+        let mut all = Some(logits);
+        self.prefill(&mut session, ids.chunks(options.prefill_chunk.max(1)), &mut all).await?;
+        Ok(all.unwrap_or_default())
     }
 
     /// How long a sequence that starts with this prompt may get.
@@ -253,30 +249,32 @@ impl Client {
         Ok(spec.max_context)
     }
 
-    /// Sends the prompt in chunks, as many at a time as the credit allows, so that the hops work side by side. `take` sees
-    /// every answer; with [`Want::Last`] only the last chunk's has rows. Returns the last answer.
+    /// Sends the prompt in chunks, as many at a time as the credit allows, so that the hops work side by side. Returns the last
+    /// answer, which has the last row; where `logits` are wanted, every answer has all rows, and theirs are added.
     async fn prefill(
         &self,
         session: &mut Session,
-        ids: &[u32],
-        chunk: usize,
-        want: Want,
-        take: &mut (dyn FnMut(&StepAnswer) -> Result<(), ClientError> + Send),
+        chunks: std::slice::Chunks<'_, u32>,
+        logits: &mut Option<Vec<f32>>,
     ) -> Result<StepAnswer, ClientError> {
-        let mut chunks = ids.chunks(chunk.max(1));
+        let tokens: usize = chunks.clone().map(<[u32]>::len).sum();
+        let mut chunks = chunks.peekable();
         let mut position = 0;
         let mut last = None;
         loop {
             while session.credit() > 0
                 && let Some(chunk) = chunks.next()
             {
-                let ends = position + chunk.len() == ids.len();
-                let hidden = self.embed(session, chunk)?;
+                let want = match (&logits, chunks.peek()) {
+                    (Some(_), _) => Want::All,
+                    (None, None) => Want::Last,
+                    (None, Some(_)) => Want::Nothing,
+                };
                 session.send(Step {
                     lanes: vec![LaneRun { lane: 0, position, tokens: chunk.len() }],
-                    hidden,
-                    want: if want == Want::Last && !ends { Want::Nothing } else { want },
-                    rope_length: Some(ids.len()),
+                    hidden: self.embed(session, chunk)?,
+                    want,
+                    rope_length: Some(tokens),
                 })?;
                 position += chunk.len();
             }
@@ -285,7 +283,9 @@ impl Client {
                 return last.ok_or_else(|| ClientError::Request("the prompt is empty".to_owned()));
             }
             let answer = session.receive().await?;
-            take(&answer)?;
+            if let Some(logits) = logits {
+                logits.extend(self.logits(&answer)?);
+            }
             last = Some(answer);
         }
     }

@@ -10,6 +10,10 @@ fn command() -> Command {
         .arg(arg!(--port <PORT>).value_parser(value_parser!(u16)).default_value("31337"))
         .arg(arg!(--blocks <RANGE>).conflicts_with("num-blocks"))
         .arg(Arg::new("num-blocks").long("num-blocks").value_parser(value_parser!(usize)))
+        .arg(arg!(--alone).conflicts_with("from-env"))
+        .arg(Arg::new("either").long("either").env("PATH"))
+        .arg(Arg::new("or").long("or"))
+        .group(clap::ArgGroup::new("one-of-two").args(["either", "or"]))
         .arg(Arg::new("no_mdns").long("no-mdns").action(ArgAction::SetTrue))
         .arg(Arg::new("peers").long("initial-peers").alias("peers").value_delimiter(',').action(ArgAction::Append))
         .arg(Arg::new("hosts").long("hosts").value_delimiter(',').num_args(1..))
@@ -91,6 +95,30 @@ fn flags_beat_the_environment_beats_the_file_beats_defaults() {
     let matches = case.serve(&["--from-env=from-flag", "--no-mdns"]).unwrap();
     assert_eq!(text(&matches, "from-env").as_deref(), Some("from-flag"));
     assert!(matches.get_flag("no_mdns"));
+}
+
+#[test]
+fn of_two_that_exclude_each_other_the_stronger_source_stands() {
+    // Flag against file, whichever of the two names the conflict.
+    let matches = Case::yaml("model: m\nnum-blocks: 2\n").serve(&["--blocks", "0:4"]).unwrap();
+    assert_eq!((text(&matches, "blocks").as_deref(), matches.get_one::<usize>("num-blocks")), (Some("0:4"), None));
+    let matches = Case::yaml("model: m\nblocks: 0:4\n").serve(&["--num-blocks", "2"]).unwrap();
+    assert_eq!((text(&matches, "blocks"), matches.get_one::<usize>("num-blocks")), (None, Some(&2)));
+    // Flag against environment, by a conflict and by a group.
+    let matches = Case::yaml("model: m\n").serve(&["--alone", "--or", "x"]).unwrap();
+    assert!(matches.get_flag("alone"));
+    assert_eq!((text(&matches, "from-env"), text(&matches, "either")), (None, None));
+    // The same without any file.
+    let args = ["helion", "node", "serve", "--model", "m", "--alone"].map(OsString::from).to_vec();
+    assert!(innermost_owned(resolve(command(), args).unwrap()).get_flag("alone"));
+    // Environment against file.
+    let matches = Case::yaml("model: m\nalone: true\nor: x\n").serve(&[]).unwrap();
+    assert!(!matches.get_flag("alone") && text(&matches, "from-env").is_some() && text(&matches, "or").is_none());
+    // Two of the same source are a conflict.
+    let error = Case::yaml("model: m\n").error(&["--blocks", "0:4", "--num-blocks", "2"]);
+    assert!(error.contains("cannot be used with"), "{error}");
+    let error = Case::yaml("model: m\n").error(&["--alone", "--from-env", "x"]);
+    assert!(error.contains("cannot be used with"), "{error}");
 }
 
 #[test]

@@ -3,24 +3,33 @@
 use std::{path::PathBuf, process::Stdio, time::Duration};
 
 use anyhow::Context;
+use clap::ValueEnum;
 use libp2p::Multiaddr;
 use tokio::{
     io::{AsyncBufReadExt, BufReader, Lines},
     process::{Child, ChildStdout, Command},
+    time::Instant,
 };
 
-use crate::cli::arguments::{DtypeArg, SwarmArgs};
+use crate::{
+    cli::{
+        LogFormat,
+        arguments::{DtypeArg, SwarmArgs},
+    },
+    config,
+};
 
 /// A node of a small model is up in well under a second; a slow disk or a large model takes longer.
 const START_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// How long a node has to leave the swarm before it is killed.
+/// How long all nodes together have to leave the swarm before they are killed.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Processes that end with this value: they stop when their standard input ends, even if this process is killed.
 pub(super) struct Processes {
     binary: PathBuf,
     scratch: PathBuf,
+    log_format: LogFormat,
     children: Vec<Started>,
 }
 
@@ -32,15 +41,15 @@ struct Started {
 }
 
 impl Processes {
-    /// None yet. Their files go to `scratch`.
-    pub(super) fn new(scratch: PathBuf) -> anyhow::Result<Self> {
+    /// None yet. Their keys go to `scratch`.
+    pub(super) fn new(scratch: PathBuf, log_format: LogFormat) -> anyhow::Result<Self> {
         let binary = std::env::current_exe().context("this program's own file can't be found")?;
-        Ok(Self { binary, scratch, children: Vec::new() })
+        Ok(Self { binary, scratch, log_format, children: Vec::new() })
     }
 
     /// Starts a bootstrap node and returns its address.
     pub(super) async fn start_bootstrap(&mut self) -> anyhow::Result<Multiaddr> {
-        self.start("bootstrap", &["node", "bootstrap", "--new-swarm"].map(str::to_owned))?;
+        self.start("bootstrap", &["node", "bootstrap", "--new-swarm"].map(str::to_owned), None)?;
         self.last_address().await
     }
 
@@ -71,7 +80,7 @@ impl Processes {
             if let Some(directory) = &swarm.model.hub.cache_dir {
                 args.extend(["--cache-dir".into(), directory.display().to_string()]);
             }
-            self.start(&format!("node {}", index + 1), &args)?;
+            self.start(&format!("node {}", index + 1), &args, swarm.model.hub.token.as_deref())?;
         }
         for started in &mut self.children[first..] {
             started.wait_for("--initial-peers ").await?;
@@ -79,14 +88,33 @@ impl Processes {
         Ok(())
     }
 
-    fn start(&mut self, name: &str, args: &[String]) -> anyhow::Result<()> {
+    fn start(&mut self, name: &str, args: &[String], token: Option<&str>) -> anyhow::Result<()> {
         let key = self.scratch.join(format!("{}.key", name.replace(' ', "-")));
-        let mut child = Command::new(&self.binary)
+        let mut command = Command::new(&self.binary);
+        // Settings that were meant for this process would set something else in a node.
+        for (variable, _) in std::env::vars_os() {
+            if variable == "INITIAL_PEERS" || variable.as_encoded_bytes().starts_with(b"HELION_") {
+                command.env_remove(variable);
+            }
+        }
+        if let Some(token) = token {
+            // Others can read a command line.
+            command.env("HELION_TOKEN", token);
+        }
+        if let Some(format) = self.log_format.to_possible_value() {
+            command.args(["--log-format", format.get_name()]);
+        }
+        // Ctrl-C in a terminal goes to a whole group of processes, and here it only stops an answer.
+        #[cfg(unix)]
+        command.process_group(0);
+        let mut child = command
             .args(args)
-            .args(["--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--no-mdns", "--stop-with-stdin", "--identity-path"])
+            .args(["--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--no-mdns", "--no-remember", "--stop-with-stdin"])
+            .arg("--identity-path")
             .arg(key)
-            .env("HELION_HOME", &self.scratch)
-            .env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| "warn".to_owned()))
+            // Shared, so that the hashes of a large checkpoint are computed once.
+            .env("HELION_HOME", config::home())
+            .env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| "warn,libp2p_kad=error".to_owned()))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
@@ -108,8 +136,9 @@ impl Processes {
         for started in &mut self.children {
             drop(started.child.stdin.take());
         }
+        let deadline = Instant::now() + STOP_TIMEOUT;
         for mut started in self.children.drain(..) {
-            if tokio::time::timeout(STOP_TIMEOUT, started.child.wait()).await.is_err() {
+            if tokio::time::timeout_at(deadline, started.child.wait()).await.is_err() {
                 tracing::warn!("{} did not stop in {} s and is killed", started.name, STOP_TIMEOUT.as_secs());
                 if let Err(error) = started.child.kill().await {
                     tracing::warn!("{} can't be killed: {error}", started.name);
