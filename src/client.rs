@@ -120,8 +120,8 @@ impl Client {
         join_timeout: Duration,
     ) -> Result<Self, ClientError> {
         let inbox = Arc::new(Inbox::default());
-        let blocks = model.spec().num_blocks();
-        let observer = Observer::connect(model.identity().clone(), blocks, config, inbox.clone(), join_timeout).await?;
+        let swarm = observer::join(config, inbox.clone(), join_timeout).await?;
+        let observer = Observer::of(swarm, model.identity().clone(), model.spec().num_blocks());
         Ok(Self { observer, model, inbox, patience })
     }
 

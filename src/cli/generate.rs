@@ -15,6 +15,7 @@ use crate::{
         Client,
         generation::{Generation, GenerationOptions},
         local_model::{EdgesChoice, LocalModel, ModelIdentity},
+        observer::Observer,
         sampling::{InvalidOption, SamplingOptions},
         session::Patience,
     },
@@ -144,14 +145,27 @@ pub(super) async fn connect(args: &SwarmArgs, patience: Patience) -> anyhow::Res
     connect_with(args, model, patience).await
 }
 
-/// Opens the model's own part.
-pub(super) async fn load_model(args: &SwarmArgs) -> anyhow::Result<Arc<LocalModel>> {
+/// Finds a model, and which one exactly it is.
+async fn find_model(args: &SwarmArgs) -> anyhow::Result<(ModelSource, ModelIdentity)> {
     let source = ModelSource::open(&args.model.model, args.model.hub.options()).await?;
     let identity = ModelIdentity {
         name: source.name().to_owned(),
         dht_prefix: super::node::prefix(args.dht_prefix.as_deref(), &source)?,
         fingerprint: source.fingerprint().await?,
     };
+    Ok((source, identity))
+}
+
+/// Joins the swarm of a model only to look at it: nothing of the model is loaded.
+pub(super) async fn observe(args: &SwarmArgs) -> anyhow::Result<Observer> {
+    let (source, identity) = find_model(args).await?;
+    let network = client_network(&args.peers)?;
+    Ok(Observer::connect(identity, source.spec().num_blocks(), network, args.join_timeout()).await?)
+}
+
+/// Opens the model's own part.
+pub(super) async fn load_model(args: &SwarmArgs) -> anyhow::Result<Arc<LocalModel>> {
+    let (source, identity) = find_model(args).await?;
     let checkpoint = source.fetch_edges().await?;
     let choice = EdgesChoice { dtype: args.dtype.dtype(), device: DeviceChoice::Auto };
     // On a thread of its own, so that Ctrl-C is heard meanwhile.

@@ -6,13 +6,12 @@ use clap::Args;
 
 use super::{
     arguments::{SwarmArgs, seconds},
-    generate::{connect, use_client},
+    generate::observe,
     output::{print, print_json},
     signals::{Interrupted, Signals},
 };
 use crate::client::{
-    Client,
-    session::Patience,
+    observer::Observer,
     view::{Status, SwarmView},
 };
 
@@ -33,8 +32,10 @@ pub(super) struct StatusArgs {
 
 pub(super) async fn run(args: StatusArgs) -> anyhow::Result<()> {
     let mut signals = Signals::new()?;
-    let client = signals.guard(connect(&args.swarm, Patience::default())).await?;
-    match use_client(&client, &mut signals, show(&client, &args)).await {
+    let observer = signals.guard(observe(&args.swarm)).await?;
+    let result = signals.guard(show(&observer, &args)).await;
+    observer.swarm().stop().await;
+    match result {
         // That is how one ends watching.
         Err(error) if args.watch && error.is::<Interrupted>() => Ok(()),
         result => result,
@@ -42,10 +43,10 @@ pub(super) async fn run(args: StatusArgs) -> anyhow::Result<()> {
 }
 
 /// Looks and prints: once, or for ever.
-async fn show(client: &Client, args: &StatusArgs) -> anyhow::Result<()> {
+async fn show(observer: &Observer, args: &StatusArgs) -> anyhow::Result<()> {
     loop {
-        let mut view = client.observer().look_up().await?;
-        client.observer().measure(&mut view, false).await;
+        let mut view = observer.look_up().await?;
+        observer.measure(&mut view, false).await;
         if args.json {
             print_json(&Status::from(&view))?;
         } else {

@@ -9,8 +9,8 @@ use std::{
 use futures::{StreamExt, stream::FuturesUnordered};
 use libp2p::PeerId;
 
-use super::{ClientError, local_model::ModelIdentity, view::SwarmView};
-use crate::swarm::{Service, Swarm, SwarmConfig, announcement::Announcement, proto::rpc};
+use super::{ClientError, inbox::Inbox, local_model::ModelIdentity, view::SwarmView};
+use crate::swarm::{Swarm, SwarmConfig, announcement::Announcement, proto::rpc};
 
 /// How long a peer has to answer a probe. One that is slower is not considered while others are there.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -25,6 +25,17 @@ const PROBES_AT_A_TIME: usize = 128;
 /// How long a measured round trip counts. A peer that died meanwhile is noticed when it is dialled.
 const RTT_LIFETIME: Duration = Duration::from_secs(30);
 
+/// Starts the network and joins the DHT. What arrives goes to `inbox`.
+pub(crate) async fn join(
+    config: SwarmConfig,
+    inbox: Arc<Inbox>,
+    join_timeout: Duration,
+) -> Result<Swarm, ClientError> {
+    let swarm = Swarm::start(config, inbox).await?;
+    swarm.search(join_timeout).await?;
+    Ok(swarm)
+}
+
 /// A look at one model's swarm. Cheap to clone.
 #[derive(Clone)]
 pub struct Observer {
@@ -35,7 +46,7 @@ pub struct Observer {
 }
 
 impl Observer {
-    /// Starts the network and joins the swarm of a model with this many blocks. What arrives goes to `service`.
+    /// Starts the network and joins the swarm of a model with this many blocks.
     ///
     /// # Errors
     /// Where the network can't be started, or no initial peer can be reached.
@@ -43,12 +54,15 @@ impl Observer {
         identity: ModelIdentity,
         blocks: usize,
         config: SwarmConfig,
-        service: Arc<dyn Service>,
         join_timeout: Duration,
     ) -> Result<Self, ClientError> {
-        let swarm = Swarm::start(config, service).await?;
-        swarm.search(join_timeout).await?;
-        Ok(Self { swarm, identity: Arc::new(identity), blocks, measured: Arc::default() })
+        let swarm = join(config, Arc::new(Inbox::default()), join_timeout).await?;
+        Ok(Self::of(swarm, identity, blocks))
+    }
+
+    /// Looks through a network that was joined already.
+    pub(crate) fn of(swarm: Swarm, identity: ModelIdentity, blocks: usize) -> Self {
+        Self { swarm, identity: Arc::new(identity), blocks, measured: Arc::default() }
     }
 
     /// The network.
