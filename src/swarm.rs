@@ -37,7 +37,7 @@ use std::{path::PathBuf, time::Duration};
 use futures::future::BoxFuture;
 
 pub use announcement::{Announcement, AnnouncementError, State};
-pub use error::{AnnounceError, DiscoverError, JoinError, LinkError, RpcError, StartError};
+pub use error::{AnnounceError, DiscoverError, JoinError, LinkError, RpcError, StartError, clean};
 pub use frame::{Frame, FrameLimits};
 pub use handle::{Discovery, Joined, ModelListing, Swarm};
 pub use identity::{Identity, IdentityError};

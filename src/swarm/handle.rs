@@ -25,7 +25,7 @@ use super::{
     addresses::split_peer,
     announcement::{Announcement, MAX_MODEL_BLOCKS, State, Verified, check_prefix, unix_ms},
     driver::{Command, Driver, Lookup, MAX_COMMANDS, Shared},
-    error::{DiscoverError, LinkError, RpcError, StartError},
+    error::{DiscoverError, LinkError, RpcError, StartError, clean},
     identity::Identity,
     known::Union,
     link::Link,
@@ -204,7 +204,8 @@ impl Swarm {
         Ok(listings.into_values().collect())
     }
 
-    /// Asks a peer, dialling it at `addresses` (or where the DHT knows it) if need be.
+    /// Asks a peer, dialling it at `addresses` (or where the DHT knows it) if need be. Where it answers that it failed, its
+    /// message is fit to be shown ([`clean`]).
     pub async fn request(
         &self,
         peer: PeerId,
@@ -224,7 +225,12 @@ impl Swarm {
         match tokio::time::timeout_at(deadline, sent).await {
             Err(_) => Err(RpcError::Timeout { peer, after: timeout }),
             Ok(Err(Gone)) => Err(RpcError::Stopped),
-            Ok(Ok(Ok(response))) => Ok(response),
+            Ok(Ok(Ok(mut response))) => {
+                if let Some(response::Body::Failure(failure)) = &mut response.body {
+                    failure.message = clean(&failure.message);
+                }
+                Ok(response)
+            }
             Ok(Ok(Err(failure))) => Err(match failure {
                 OutboundFailure::DialFailure => {
                     RpcError::NotConnected { peer, reason: "the connection was lost".to_owned() }

@@ -1,13 +1,14 @@
 //! Peers that do wrong: the node refuses, and goes on serving the others.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use futures::{AsyncReadExt, AsyncWriteExt, StreamExt};
+use futures::{AsyncReadExt, AsyncWriteExt, StreamExt, future::BoxFuture};
 use helion::swarm::{
-    Announcement, Identity, Multiaddr, PeerId,
+    Announcement, Frame, Identity, Link, Multiaddr, PeerId, Role, Service, Swarm, SwarmConfig,
     announcement::unix_ms,
     proto::announcement::{Entries, SignedAnnouncement},
     records::segment_key,
+    rpc,
 };
 use libp2p::{
     StreamProtocol, SwarmBuilder, kad, noise,
@@ -255,4 +256,28 @@ async fn a_foreign_network_is_named() {
     let message = peer.swarm.join_through(&[address], PATIENCE).await.unwrap_err().to_string();
     assert!(message.contains("no helion node") && message.contains("other/1.0"), "{message}");
     driving.abort();
+}
+
+/// Answers every request with text that would take a terminal over, and has no end.
+struct Rude;
+
+impl Service for Rude {
+    fn frame(&self, _: &Link, _: Frame) {}
+
+    fn link_closed(&self, _: &Link) {}
+
+    fn request(&self, _: PeerId, _: rpc::Request) -> BoxFuture<'static, rpc::Response> {
+        Box::pin(async { rpc::Response::failure("\u{1b}]0;mine\u{7}".to_owned() + &"a".repeat(100_000)) })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refusal_in_rude_words_is_fit_to_be_shown() {
+    let mut config = SwarmConfig::new(Identity::ephemeral(), Role::Server);
+    config.listen = vec!["/ip4/127.0.0.1/tcp/0".parse().unwrap()];
+    let rude = Swarm::start(config, Arc::new(Rude)).await.unwrap();
+    let peer = Peer::start(|_| ()).await;
+    let answer = peer.swarm.request(rude.peer_id(), &rude.addresses(), rpc::Request::info(), PATIENCE).await.unwrap();
+    let Some(rpc::response::Body::Failure(failure)) = answer.body else { panic!("{answer:?}") };
+    assert_eq!(failure.message, "]0;mine".to_owned() + &"a".repeat(492) + "…");
 }
