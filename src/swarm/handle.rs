@@ -45,6 +45,10 @@ const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 pub struct Swarm(Arc<Inner>);
 
+/// A [`Swarm`] for those who use it while others keep it running, such as its own [`Service`].
+#[derive(Clone, Default)]
+pub struct WeakSwarm(Weak<Inner>);
+
 struct Inner {
     identity: Identity,
     shared: Arc<Shared>,
@@ -122,6 +126,11 @@ impl Swarm {
         });
         tokio::spawn(upkeep(Arc::downgrade(&inner), inner.stop.clone(), config.tuning.renew_every));
         Ok(Self(inner))
+    }
+
+    /// A handle that doesn't keep the network running.
+    pub fn downgrade(&self) -> WeakSwarm {
+        WeakSwarm(Arc::downgrade(&self.0))
     }
 
     /// This peer's id.
@@ -324,6 +333,19 @@ impl Swarm {
 impl std::fmt::Debug for Swarm {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Swarm").field("peer_id", &self.peer_id()).finish_non_exhaustive()
+    }
+}
+
+impl WeakSwarm {
+    /// The swarm, if somebody still keeps it running. It may have been stopped all the same, and says so then.
+    pub fn upgrade(&self) -> Option<Swarm> {
+        self.0.upgrade().map(Swarm)
+    }
+}
+
+impl std::fmt::Debug for WeakSwarm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("WeakSwarm").field(&self.upgrade()).finish()
     }
 }
 
