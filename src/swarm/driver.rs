@@ -122,7 +122,7 @@ impl Shared {
             role: config.role,
             tuning: config.tuning.clone(),
             announce: usable(&config.announce),
-            links: Arc::default(),
+            links: Arc::new(Links::new(&config.tuning.link)),
             addresses: Mutex::default(),
             peers: Mutex::default(),
             known: Mutex::default(),
