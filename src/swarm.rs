@@ -37,9 +37,9 @@ use std::{path::PathBuf, time::Duration};
 use futures::future::BoxFuture;
 
 pub use announcement::{Announcement, AnnouncementError, State};
-pub use error::{AnnounceError, DiscoverError, JoinError, LinkError, RpcError, StartError};
+pub use error::{AnnounceError, DiscoverError, JoinError, LinkError, RpcError, StartError, clean};
 pub use frame::{Frame, FrameLimits};
-pub use handle::{Discovery, Joined, ModelListing, Swarm};
+pub use handle::{Discovery, Joined, ModelListing, Swarm, WeakSwarm};
 pub use identity::{Identity, IdentityError};
 pub use libp2p::{Multiaddr, PeerId};
 pub use link::{Link, LinkId, LinkLimits, SendError};
@@ -125,7 +125,8 @@ impl Default for Tuning {
 
 /// What this process does with what arrives. Called on tasks that read, so nothing here may block.
 ///
-/// A service that keeps a [`Swarm`] keeps it running until [`Swarm::stop`].
+/// The swarm keeps its service. A service that keeps its [`Swarm`] in turn keeps it running until [`Swarm::stop`]; one that
+/// keeps a [`WeakSwarm`] doesn't.
 pub trait Service: Send + Sync + 'static {
     /// A frame from [`Link::peer`], authenticated by the transport. Frames of one link come in order, one at a time.
     fn frame(&self, link: &Link, frame: Frame);

@@ -37,6 +37,7 @@ use super::{
     Role, Service, Tuning,
     addresses::{Observed, of_peer, usable, without_peer},
     announcement::unix_ms,
+    clean,
     known::Known,
     link::{Link, Links},
     network::{Behaviour, BehaviourEvent, KAD_PROTOCOL},
@@ -119,7 +120,7 @@ impl Shared {
             role: config.role,
             tuning: config.tuning.clone(),
             announce: usable(&config.announce),
-            links: Arc::default(),
+            links: Arc::new(Links::new(&config.tuning.link)),
             addresses: Mutex::default(),
             peers: Mutex::default(),
             known: Mutex::default(),
@@ -393,7 +394,7 @@ impl Driver {
             self.publish_addresses();
         }
         if !info.protocols.contains(&KAD_PROTOCOL) {
-            let agent: String = info.agent_version.chars().filter(|c| !c.is_control()).take(64).collect();
+            let agent: String = clean(&info.agent_version).chars().take(64).collect();
             self.fail_confirmations(peer, &format!("it is no helion node (it calls itself {agent:?})"));
             return;
         }

@@ -6,6 +6,26 @@ use libp2p::{Multiaddr, PeerId};
 
 use super::announcement::AnnouncementError;
 
+/// Characters of a peer's words that are kept: more than any message of helion's own has.
+const MAX_WORDS: usize = 500;
+
+/// A peer's words, fit to be shown: on one line, without control characters (which could take a terminal over) and without
+/// the marks that turn the direction of the text around them, cut to 500 characters.
+pub fn clean(text: &str) -> String {
+    let mut characters = text.chars().filter_map(|character| match character {
+        '\t' | '\n' | '\r' | '\u{2028}' | '\u{2029}' => Some(' '),
+        '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => None,
+        _ if character.is_control() => None,
+        _ => Some(character),
+    });
+    let mut cleaned: String = characters.by_ref().take(MAX_WORDS).collect();
+    if characters.next().is_some() {
+        cleaned.pop();
+        cleaned.push('…');
+    }
+    cleaned
+}
+
 /// Why a swarm did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -191,4 +211,17 @@ pub enum LinkError {
     /// [`Swarm::stop`](super::Swarm::stop) was called.
     #[error("the swarm is stopped")]
     Stopped,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peers_words_are_fit_to_be_shown() {
+        assert_eq!(clean("the KV cache is full: 16 tokens"), "the KV cache is full: 16 tokens");
+        assert_eq!(clean("\u{1b}[2Jone\ntwo\u{7}\u{9b}3\u{202e}four\0"), "[2Jone two3four");
+        assert_eq!(clean(&"ü".repeat(500)), "ü".repeat(500));
+        assert_eq!(clean(&"ü".repeat(501)), "ü".repeat(499) + "…");
+    }
 }

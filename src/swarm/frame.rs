@@ -3,9 +3,10 @@
 //! On the wire: `u32` LE bytes of the header, `u32` LE bytes of the payload, the header, the payload. The payload never passes
 //! through the protobuf codec; it is read into an allocation of its own, which the reader of the frame owns.
 //!
-//! A length is a claim, so nothing is allocated on its word: memory grows with what has arrived, at most twice that.
+//! A length is a claim, so nothing is allocated on its word: memory grows with what has arrived, at most twice that, and
+//! beyond the first piece only as far as the reader's [`Room`] goes.
 
-use std::io;
+use std::{io, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use futures::{AsyncRead, AsyncReadExt};
@@ -75,6 +76,22 @@ pub enum FrameError {
     /// The stream ended within a frame.
     #[error("the stream ended within a frame")]
     Truncated,
+    /// The frame arrives too slowly.
+    #[error("a frame with a payload of {bytes} bytes was not complete after {} s", .after.as_secs_f32())]
+    Stalled {
+        /// Of the payload, as claimed.
+        bytes: usize,
+        /// The time that it had.
+        after: Duration,
+    },
+    /// The frames that arrive on other links take all the memory that there is for them.
+    #[error("no room for a payload of {bytes} bytes within {} s: too much arrives on all links together", .after.as_secs_f32())]
+    NoRoom {
+        /// Of the payload, as claimed.
+        bytes: usize,
+        /// The time that it had.
+        after: Duration,
+    },
     /// The stream failed.
     #[error("the stream failed: {0}")]
     Io(io::Error),
@@ -118,8 +135,26 @@ pub fn wire_bytes(frame: &Frame, limits: FrameLimits) -> Result<usize, FrameErro
     Ok(PREFIX_BYTES + header + frame.payload.len())
 }
 
-/// Reads the next frame; `None` where the stream ended between two. `scratch` is reused from frame to frame.
-pub async fn read<S>(stream: &mut S, limits: FrameLimits, scratch: &mut Vec<u8>) -> Result<Option<Frame>, FrameError>
+/// A frame of which the lengths have arrived, and are within the limits.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Begun {
+    header_bytes: usize,
+    payload_bytes: usize,
+}
+
+/// Where the memory for a payload comes from.
+pub(super) trait Room {
+    /// Waits until there is room for so many bytes more.
+    fn take(&mut self, bytes: usize) -> impl Future<Output = ()> + Send;
+}
+
+/// Room without end, for messages that are small.
+impl Room for () {
+    async fn take(&mut self, _: usize) {}
+}
+
+/// Waits for the next frame; `None` where the stream ended between two.
+pub(super) async fn begin<S>(stream: &mut S, limits: FrameLimits) -> Result<Option<Begun>, FrameError>
 where
     S: AsyncRead + Unpin,
 {
@@ -134,22 +169,51 @@ where
     let header_bytes = u32::from_le_bytes([a, b, c, d]) as usize;
     let payload_bytes = u32::from_le_bytes([e, f, g, h]) as usize;
     checked_lengths(header_bytes, payload_bytes, limits)?;
-    scratch.clear();
-    read_growing(stream, header_bytes, scratch).await?;
-    let header = proto::session::Frame::decode(scratch.as_slice())?;
-    let mut payload = Vec::new();
-    read_growing(stream, payload_bytes, &mut payload).await?;
-    Ok(Some(Frame { header, payload: payload.into() }))
+    Ok(Some(Begun { header_bytes, payload_bytes }))
 }
 
-/// Reads exactly `length` bytes, and never allocates much more than has arrived.
-pub(super) async fn read_growing<S>(stream: &mut S, length: usize, buffer: &mut Vec<u8>) -> io::Result<()>
+impl Begun {
+    /// As claimed.
+    pub(super) fn payload_bytes(self) -> usize {
+        self.payload_bytes
+    }
+
+    /// Reads the rest of the frame. `scratch` is reused from frame to frame.
+    pub(super) async fn finish<S>(
+        self,
+        stream: &mut S,
+        scratch: &mut Vec<u8>,
+        room: &mut impl Room,
+    ) -> Result<Frame, FrameError>
+    where
+        S: AsyncRead + Unpin,
+    {
+        scratch.clear();
+        read_growing(stream, self.header_bytes, scratch, &mut ()).await?;
+        let header = proto::session::Frame::decode(scratch.as_slice())?;
+        let mut payload = Vec::new();
+        read_growing(stream, self.payload_bytes, &mut payload, room).await?;
+        Ok(Frame { header, payload: payload.into() })
+    }
+}
+
+/// Reads exactly `length` bytes, and never allocates much more than has arrived. The first piece of 64 KiB is free, so that
+/// decode steps never wait for room.
+pub(super) async fn read_growing<S>(
+    stream: &mut S,
+    length: usize,
+    buffer: &mut Vec<u8>,
+    room: &mut impl Room,
+) -> io::Result<()>
 where
     S: AsyncRead + Unpin,
 {
     let mut filled = 0;
     while filled < length {
         let goal = length.min(FIRST_STEP_BYTES.max(2 * filled));
+        if filled > 0 {
+            room.take(goal - filled).await;
+        }
         buffer.reserve_exact(goal - filled);
         buffer.resize(goal, 0);
         stream.read_exact(&mut buffer[filled..]).await?;
@@ -179,8 +243,8 @@ mod tests {
         let mut stream = Cursor::new(bytes);
         let mut scratch = Vec::new();
         let mut frames = Vec::new();
-        while let Some(frame) = block_on(read(&mut stream, limits, &mut scratch))? {
-            frames.push(frame);
+        while let Some(begun) = block_on(begin(&mut stream, limits))? {
+            frames.push(block_on(begun.finish(&mut stream, &mut scratch, &mut ()))?);
         }
         Ok(frames)
     }
@@ -250,7 +314,7 @@ mod tests {
     fn a_claim_costs_no_memory() {
         let mut buffer = Vec::new();
         let mut stream = Cursor::new(vec![1u8; 100_000]);
-        let result = block_on(read_growing(&mut stream, 64 << 20, &mut buffer));
+        let result = block_on(read_growing(&mut stream, 64 << 20, &mut buffer, &mut ()));
         assert_eq!(result.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         assert!(buffer.capacity() <= 256 * 1024, "{}", buffer.capacity());
     }

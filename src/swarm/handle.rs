@@ -25,7 +25,7 @@ use super::{
     addresses::split_peer,
     announcement::{Announcement, MAX_MODEL_BLOCKS, State, Verified, check_prefix, unix_ms},
     driver::{Command, Driver, Lookup, MAX_COMMANDS, Shared},
-    error::{DiscoverError, LinkError, RpcError, StartError},
+    error::{DiscoverError, LinkError, RpcError, StartError, clean},
     identity::Identity,
     known::Union,
     link::Link,
@@ -44,6 +44,10 @@ const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(10);
 /// This process's place in the network; a cheap clone. It runs until [`Swarm::stop`], or until the last clone is gone.
 #[derive(Clone)]
 pub struct Swarm(Arc<Inner>);
+
+/// A [`Swarm`] for those who use it while others keep it running, such as its own [`Service`].
+#[derive(Clone, Default)]
+pub struct WeakSwarm(Weak<Inner>);
 
 struct Inner {
     identity: Identity,
@@ -127,6 +131,11 @@ impl Swarm {
         Ok(Self(inner))
     }
 
+    /// A handle that doesn't keep the network running.
+    pub fn downgrade(&self) -> WeakSwarm {
+        WeakSwarm(Arc::downgrade(&self.0))
+    }
+
     /// This peer's id.
     pub fn peer_id(&self) -> PeerId {
         self.0.shared.peer_id
@@ -207,7 +216,8 @@ impl Swarm {
         Ok(listings.into_values().collect())
     }
 
-    /// Asks a peer, dialling it at `addresses` (or where the DHT knows it) if need be.
+    /// Asks a peer, dialling it at `addresses` (or where the DHT knows it) if need be. Where it answers that it failed, its
+    /// message is fit to be shown ([`clean`]).
     pub async fn request(
         &self,
         peer: PeerId,
@@ -227,7 +237,12 @@ impl Swarm {
         match tokio::time::timeout_at(deadline, sent).await {
             Err(_) => Err(RpcError::Timeout { peer, after: timeout }),
             Ok(Err(Gone)) => Err(RpcError::Stopped),
-            Ok(Ok(Ok(response))) => Ok(response),
+            Ok(Ok(Ok(mut response))) => {
+                if let Some(response::Body::Failure(failure)) = &mut response.body {
+                    failure.message = clean(&failure.message);
+                }
+                Ok(response)
+            }
             Ok(Ok(Err(failure))) => Err(match failure {
                 OutboundFailure::DialFailure => {
                     RpcError::NotConnected { peer, reason: "the connection was lost".to_owned() }
@@ -321,6 +336,19 @@ impl Swarm {
 impl std::fmt::Debug for Swarm {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Swarm").field("peer_id", &self.peer_id()).finish_non_exhaustive()
+    }
+}
+
+impl WeakSwarm {
+    /// The swarm, if somebody still keeps it running. It may have been stopped all the same, and says so then.
+    pub fn upgrade(&self) -> Option<Swarm> {
+        self.0.upgrade().map(Swarm)
+    }
+}
+
+impl std::fmt::Debug for WeakSwarm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("WeakSwarm").field(&self.upgrade()).finish()
     }
 }
 

@@ -4,15 +4,24 @@
 //! that the frame came on. Two tasks serve it: one reads frames and hands them to the [`Service`], one writes what
 //! [`Link::send`] put into the outbox. Sending never blocks and may be done from any thread: where the outbox is full, it says
 //! so, and what to do then is the session's business. Bytes count against the outbox until the stream below has taken them.
+//!
+//! Strangers open links, so what they can make this process hold is bounded for each link and for all together, and a frame
+//! that has begun to arrive has to go on arriving. A link is not closed for being idle or slow to take frames: whether its
+//! peer still lives is for those who use it to decide, by [`Link::last_heard`] and [`Link::last_progress`].
+
+mod memory;
+mod outbox;
 
 use std::{
-    collections::{HashMap, VecDeque},
-    fmt,
+    collections::HashMap,
+    fmt, io,
+    pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    task::{Context, Poll, ready},
+    time::{Duration, Instant},
 };
 
 use bytes::BytesMut;
@@ -21,9 +30,13 @@ use libp2p::PeerId;
 use tokio::sync::Notify;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+use self::{
+    memory::Memory,
+    outbox::{Full, Outbox},
+};
 use super::{
     Service,
-    frame::{self, Frame, FrameError, FrameLimits},
+    frame::{self, Begun, Frame, FrameError, FrameLimits},
 };
 
 /// Payloads up to this size are copied behind their header, so that they leave in one write.
@@ -34,6 +47,8 @@ const BATCH_BYTES: usize = 64 * 1024;
 const ENDING_TIMEOUT: Duration = Duration::from_secs(1);
 /// Streams that one peer may keep open to this one: it needs one, and another while the old one dies.
 const MAX_INBOUND_PER_PEER: usize = 4;
+/// What a payload's size adds to the time in which its frame has to arrive: it may come at 2 Mbit/s.
+const SLOWEST_BYTES_PER_SECOND: u32 = 256 * 1024;
 
 /// The bounds of a link.
 #[derive(Debug, Clone, Copy)]
@@ -44,11 +59,27 @@ pub struct LinkLimits {
     pub outbox_frames: usize,
     /// Bytes in the outbox. One frame always fits, whatever its size.
     pub outbox_bytes: usize,
+    /// Bytes in the outboxes of all links of the process.
+    pub all_outbox_bytes: usize,
+    /// Bytes that have arrived of incomplete payloads, on all links of the process. The first 64 KiB of each don't count, and
+    /// one payload may arrive beside this, so that they never all wait for each other.
+    pub all_arriving_bytes: usize,
+    /// How long a frame of which the lengths have arrived may take: so long, and a second for each 256 KiB of its payload. Between
+    /// frames there is no limit.
+    pub frame_timeout: Duration,
 }
 
 impl Default for LinkLimits {
     fn default() -> Self {
-        Self { frame: FrameLimits::default(), outbox_frames: 4096, outbox_bytes: 256 * 1024 * 1024 }
+        const MIB: usize = 1024 * 1024;
+        Self {
+            frame: FrameLimits::default(),
+            outbox_frames: 4096,
+            outbox_bytes: 64 * MIB,
+            all_outbox_bytes: 1024 * MIB,
+            all_arriving_bytes: 512 * MIB,
+            frame_timeout: Duration::from_secs(60),
+        }
     }
 }
 
@@ -65,8 +96,8 @@ pub enum SendError {
         /// The other end.
         peer: PeerId,
     },
-    /// The peer takes frames more slowly than they are sent.
-    #[error("the outbox to {peer} is full: {frames} frames, {bytes} bytes wait")]
+    /// The peer takes frames more slowly than they are sent, or all peers together do.
+    #[error("the outbox to {peer} is full: {frames} frames, {bytes} bytes wait ({all_bytes} bytes for all peers)")]
     Full {
         /// The other end.
         peer: PeerId,
@@ -74,6 +105,8 @@ pub enum SendError {
         frames: usize,
         /// Waiting.
         bytes: usize,
+        /// Waiting in the outboxes of all links.
+        all_bytes: usize,
     },
     /// The peer would refuse the frame.
     #[error("the frame to {peer} is not sent: {source}")]
@@ -94,6 +127,10 @@ struct Shared {
     peer: PeerId,
     opened_by_us: bool,
     limits: LinkLimits,
+    memory: Arc<Memory>,
+    opened_at: Instant,
+    /// Microseconds from the opening until bytes last came.
+    heard: AtomicU64,
     outbox: Mutex<Outbox>,
     /// The outbox got its first frame.
     filled: Notify,
@@ -102,22 +139,19 @@ struct Shared {
     closed: CancellationToken,
 }
 
-#[derive(Default)]
-struct Outbox {
-    frames: VecDeque<Frame>,
-    /// Of the frames, and of the one being written.
-    bytes: usize,
-}
-
 impl Link {
-    fn new(peer: PeerId, opened_by_us: bool, limits: LinkLimits) -> Self {
+    fn new(peer: PeerId, opened_by_us: bool, limits: LinkLimits, memory: Arc<Memory>) -> Self {
+        let opened_at = Instant::now();
         static NEXT: AtomicU64 = AtomicU64::new(1);
         Self(Arc::new(Shared {
             id: LinkId(NEXT.fetch_add(1, Ordering::Relaxed)),
             peer,
             opened_by_us,
             limits,
-            outbox: Mutex::default(),
+            opened_at,
+            heard: AtomicU64::new(0),
+            outbox: Mutex::new(Outbox::new(memory.clone(), opened_at)),
+            memory,
             filled: Notify::new(),
             finishing: CancellationToken::new(),
             closed: CancellationToken::new(),
@@ -149,7 +183,25 @@ impl Link {
         self.0.closed.cancel();
     }
 
-    /// Puts a frame into the outbox. Frames arrive in the order in which they were sent.
+    /// When bytes last came on this stream; at first, when it was opened. A peer that is sending one large frame is heard all
+    /// the time, long before the frame is there.
+    pub fn last_heard(&self) -> Instant {
+        self.0.opened_at + Duration::from_micros(self.0.heard.load(Ordering::Relaxed))
+    }
+
+    /// When the stream last took bytes out of the outbox, or the first frame was put into an empty one if that was later. While
+    /// [`Link::waiting_bytes`] is not 0, a peer that lives and takes what is sent moves this on, however slow the way is.
+    pub fn last_progress(&self) -> Instant {
+        self.0.lock_outbox().moved_at()
+    }
+
+    /// Bytes in the outbox, of which a frame that is being written counts until all of it is taken.
+    pub fn waiting_bytes(&self) -> usize {
+        self.0.lock_outbox().bytes()
+    }
+
+    /// Puts a frame into the outbox. Frames arrive in the order in which they were sent, but for Ping and Pong: they go before
+    /// all frames that have not begun to be written, and are taken where the outbox has no room for others.
     pub fn send(&self, frame: Frame) -> Result<(), SendError> {
         let peer = self.0.peer;
         let limits = &self.0.limits;
@@ -158,14 +210,12 @@ impl Link {
         if self.is_closed() || self.0.finishing.is_cancelled() {
             return Err(SendError::Closed { peer });
         }
-        let waiting = outbox.frames.len();
-        if waiting >= limits.outbox_frames || (outbox.bytes > 0 && outbox.bytes + length > limits.outbox_bytes) {
-            return Err(SendError::Full { peer, frames: waiting, bytes: outbox.bytes });
-        }
-        outbox.bytes += length;
-        outbox.frames.push_back(frame);
+        let is_first = outbox.len() == 0;
+        outbox
+            .push(frame, length, limits, Instant::now())
+            .map_err(|Full { frames, bytes, all_bytes }| SendError::Full { peer, frames, bytes, all_bytes })?;
         drop(outbox);
-        if waiting == 0 {
+        if is_first {
             self.0.filled.notify_one();
         }
         Ok(())
@@ -198,20 +248,20 @@ impl Shared {
     }
 
     fn next_frame(&self) -> Option<Frame> {
-        self.lock_outbox().frames.pop_front()
+        self.lock_outbox().pop()
     }
 
-    fn written(&self, bytes: usize) {
-        let mut outbox = self.lock_outbox();
-        outbox.bytes = outbox.bytes.saturating_sub(bytes);
+    fn heard_now(&self) {
+        let micros = self.opened_at.elapsed().as_micros();
+        self.heard.store(u64::try_from(micros).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 }
 
 /// The links of this process, by peer.
-#[derive(Default)]
 pub(super) struct Links {
     peers: Mutex<HashMap<PeerId, OfPeer>>,
     reading: TaskTracker,
+    memory: Arc<Memory>,
 }
 
 #[derive(Default)]
@@ -221,6 +271,10 @@ struct OfPeer {
 }
 
 impl Links {
+    pub(super) fn new(limits: &LinkLimits) -> Self {
+        Self { peers: Mutex::default(), reading: TaskTracker::new(), memory: Arc::new(Memory::new(limits)) }
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<PeerId, OfPeer>> {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -288,7 +342,7 @@ pub(super) fn start<S>(new: NewLink<S>, links: &Arc<Links>, service: Arc<dyn Ser
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let link = Link::new(new.peer, new.opened_by_us, new.limits);
+    let link = Link::new(new.peer, new.opened_by_us, new.limits, links.memory.clone());
     if !links.insert(&link) {
         tracing::warn!(peer = %new.peer, "refused a stream: the peer has {MAX_INBOUND_PER_PEER} open already");
         return None;
@@ -310,7 +364,7 @@ impl Drop for Ended {
     fn drop(&mut self) {
         self.link.close();
         // Nobody will send what waits, and clones of the link may stay around.
-        self.link.0.lock_outbox().frames.clear();
+        self.link.0.lock_outbox().clear();
         if let Some(links) = self.links.upgrade() {
             links.remove(&self.link);
         }
@@ -318,15 +372,33 @@ impl Drop for Ended {
     }
 }
 
-async fn read_frames<S>(link: Link, mut stream: S, links: Weak<Links>, service: Arc<dyn Service>)
+/// A stream that notes when it was heard.
+struct Heard<S> {
+    stream: S,
+    link: Link,
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Heard<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        let read = ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
+        if read > 0 {
+            self.link.0.heard_now();
+        }
+        Poll::Ready(Ok(read))
+    }
+}
+
+async fn read_frames<S>(link: Link, stream: S, links: Weak<Links>, service: Arc<dyn Service>)
 where
-    S: AsyncRead + Unpin,
+    S: AsyncRead + Send + Unpin,
 {
     let ended = Ended { link: link.clone(), links, service };
     let limits = link.0.limits.frame;
+    let mut stream = Heard { stream, link: link.clone() };
     let mut scratch = Vec::new();
     let reading = async {
-        while let Some(frame) = frame::read(&mut stream, limits, &mut scratch).await? {
+        while let Some(begun) = frame::begin(&mut stream, limits).await? {
+            let frame = read_begun(&link, begun, &mut stream, &mut scratch).await?;
             ended.service.frame(&link, frame);
         }
         Ok(())
@@ -339,7 +411,27 @@ where
     match result {
         Ok(()) => tracing::debug!(peer = %link.peer(), "link closed"),
         Err(FrameError::Io(error)) => tracing::debug!(peer = %link.peer(), %error, "link lost"),
-        Err(error) => tracing::warn!(peer = %link.peer(), %error, "closed a stream of malformed frames"),
+        Err(error) => tracing::warn!(peer = %link.peer(), %error, "closed a stream that cannot go on"),
+    }
+}
+
+/// Reads the rest of a frame, in the time and the memory that there is for it.
+async fn read_begun<S>(
+    link: &Link,
+    begun: Begun,
+    stream: &mut Heard<S>,
+    scratch: &mut Vec<u8>,
+) -> Result<Frame, FrameError>
+where
+    S: AsyncRead + Send + Unpin,
+{
+    let bytes = begun.payload_bytes();
+    let after = link.0.limits.frame_timeout + Duration::from_secs(bytes as u64) / SLOWEST_BYTES_PER_SECOND;
+    let mut room = link.0.memory.room();
+    match tokio::time::timeout(after, begun.finish(stream, scratch, &mut room)).await {
+        Ok(result) => result,
+        Err(_) if room.is_waiting() => Err(FrameError::NoRoom { bytes, after }),
+        Err(_) => Err(FrameError::Stalled { bytes, after }),
     }
 }
 
@@ -393,8 +485,8 @@ where
         frame::encode_head(&frame, link.0.limits.frame, batch)?;
         written += batch.len() - before + frame.payload.len();
         if frame.payload.len() > COALESCE_BYTES {
-            stream.write_all(batch).await?;
-            stream.write_all(&frame.payload).await?;
+            write_noting(link, stream, batch).await?;
+            write_noting(link, stream, &frame.payload).await?;
             batch.clear();
             break;
         }
@@ -403,7 +495,22 @@ where
             next = link.0.next_frame();
         }
     }
-    stream.write_all(batch).await?;
-    link.0.written(written);
+    write_noting(link, stream, batch).await?;
+    link.0.lock_outbox().written(written);
+    Ok(())
+}
+
+/// Writes all of `bytes`, and notes when some were taken.
+async fn write_noting<S>(link: &Link, stream: &mut S, mut bytes: &[u8]) -> io::Result<()>
+where
+    S: AsyncWrite + Unpin,
+{
+    while !bytes.is_empty() {
+        match stream.write(bytes).await? {
+            0 => return Err(io::ErrorKind::WriteZero.into()),
+            taken => bytes = &bytes[taken..],
+        }
+        link.0.lock_outbox().moved(Instant::now());
+    }
     Ok(())
 }

@@ -98,7 +98,7 @@ where
         return Err(too_large(bytes, limit));
     }
     let mut buffer = Vec::new();
-    read_growing(io, bytes, &mut buffer).await?;
+    read_growing(io, bytes, &mut buffer, &mut ()).await?;
     M::decode(bytes::Bytes::from(buffer)).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 

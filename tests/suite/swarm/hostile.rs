@@ -1,13 +1,14 @@
 //! Peers that do wrong: the node refuses, and goes on serving the others.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use futures::{AsyncReadExt, AsyncWriteExt, StreamExt};
+use futures::{AsyncReadExt, AsyncWriteExt, StreamExt, future::BoxFuture};
 use helion::swarm::{
-    Announcement, Identity, Multiaddr, PeerId,
+    Announcement, Frame, Identity, Link, Multiaddr, PeerId, Role, Service, Swarm, SwarmConfig,
     announcement::unix_ms,
     proto::announcement::{Entries, SignedAnnouncement},
     records::segment_key,
+    rpc,
 };
 use libp2p::{
     StreamProtocol, SwarmBuilder, kad, noise,
@@ -167,6 +168,37 @@ async fn malformed_frames_close_their_stream_and_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_frame_that_stops_half_way_closes_its_stream_and_frees_its_room() {
+    const LARGE: usize = 300_000;
+    let node = Peer::start(|config| {
+        config.tuning.link.all_arriving_bytes = 100_000;
+        config.tuning.link.frame_timeout = Duration::from_millis(500);
+    })
+    .await;
+    // Two take what there is: one the budget's greater part, the other the one place beside it. They stop half-way.
+    let mut stranger = Stranger::connect(&node).await;
+    let mut kept = Vec::new();
+    for _ in 0..2 {
+        let mut stream = stranger.open(node.id()).await;
+        stream.write_all(&[0_u32.to_le_bytes(), (LARGE as u32).to_le_bytes()].concat()).await.unwrap();
+        stream.write_all(&vec![0; LARGE / 2]).await.unwrap();
+        stream.flush().await.unwrap();
+        kept.push(stream);
+    }
+    // A decode step needs no room, and an idle link has all the time of the world.
+    still_serves(&node).await;
+    let idle = Peer::client(&node).await;
+    let link = idle.swarm.link(node.id(), &node.addresses()).await.unwrap();
+    node.service.until("both are closed", |echo| echo.closed.lock().unwrap().len() >= 3).await;
+    for mut stream in kept {
+        let mut rest = Vec::new();
+        let _ = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut rest)).await.expect("the node closes it");
+    }
+    link.send(numbered(1, vec![7; LARGE])).unwrap();
+    idle.service.until("it comes back", |echo| !echo.answered.lock().unwrap().is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_peer_keeps_few_streams_open() {
     let node = Peer::start(|_| ()).await;
     let mut stranger = Stranger::connect(&node).await;
@@ -255,4 +287,28 @@ async fn a_foreign_network_is_named() {
     let message = peer.swarm.join_through(&[address], PATIENCE).await.unwrap_err().to_string();
     assert!(message.contains("no helion node") && message.contains("other/1.0"), "{message}");
     driving.abort();
+}
+
+/// Answers every request with text that would take a terminal over, and has no end.
+struct Rude;
+
+impl Service for Rude {
+    fn frame(&self, _: &Link, _: Frame) {}
+
+    fn link_closed(&self, _: &Link) {}
+
+    fn request(&self, _: PeerId, _: rpc::Request) -> BoxFuture<'static, rpc::Response> {
+        Box::pin(async { rpc::Response::failure("\u{1b}]0;mine\u{7}".to_owned() + &"a".repeat(100_000)) })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refusal_in_rude_words_is_fit_to_be_shown() {
+    let mut config = SwarmConfig::new(Identity::ephemeral(), Role::Server);
+    config.listen = vec!["/ip4/127.0.0.1/tcp/0".parse().unwrap()];
+    let rude = Swarm::start(config, Arc::new(Rude)).await.unwrap();
+    let peer = Peer::start(|_| ()).await;
+    let answer = peer.swarm.request(rude.peer_id(), &rude.addresses(), rpc::Request::info(), PATIENCE).await.unwrap();
+    let Some(rpc::response::Body::Failure(failure)) = answer.body else { panic!("{answer:?}") };
+    assert_eq!(failure.message, "]0;mine".to_owned() + &"a".repeat(492) + "…");
 }

@@ -2,9 +2,9 @@
 
 use std::{sync::Arc, time::Duration};
 
-use helion::swarm::{LinkError, Multiaddr, SendError, rpc};
+use helion::swarm::{Frame, LinkError, Multiaddr, SendError, proto::session, rpc};
 
-use super::{PATIENCE, Peer, number_of, numbered};
+use super::{PATIENCE, Peer, eventually, number_of, numbered};
 use crate::proxy::DelayingProxy;
 
 async fn echo_over(listen: &str) {
@@ -96,9 +96,41 @@ async fn a_slow_reader_fills_the_outbox_and_nothing_blocks() {
         assert!(sent < 100, "the outbox has no bound");
     };
     assert!(matches!(full, SendError::Full { .. }), "{full}");
+    assert!(link.waiting_bytes() > 3 << 20, "{}", link.waiting_bytes());
+    // A ping finds room all the same, and its echo comes before those of the last steps.
+    let ping = session::frame::Body::Ping(session::Ping { nonce: 5 });
+    link.send(Frame::bare(session::Frame { body: Some(ping.clone()), ..session::Frame::default() })).unwrap();
+    let is_ping = |frame: &Frame| frame.header.body.as_ref() == Some(&ping);
+    client.service.until("the ping comes back", |echo| echo.answered.lock().unwrap().iter().any(is_ping)).await;
+    let mut answered = std::mem::take(&mut *client.service.answered.lock().unwrap());
+    assert!(answered.len() <= sent as usize, "it overtook some");
+    answered.retain(|frame| !is_ping(frame));
+    client.service.answered.lock().unwrap().append(&mut answered);
     // What was taken arrives all the same.
     client.service.until("all come back", |echo| echo.answered.lock().unwrap().len() == sent as usize).await;
     assert!(link.send(numbered(sent, vec![0; 1 << 20])).is_ok());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_frame_on_a_slow_way_is_heard_and_moves_before_it_is_there() {
+    const LARGE: usize = 8 << 20;
+    let node = Peer::start(|_| ()).await;
+    let target = std::net::SocketAddr::from(([127, 0, 0, 1], port(&node.addresses()[0])));
+    let proxy = DelayingProxy::start(target, Duration::from_millis(50)).await;
+    let through: Multiaddr = format!("/ip4/127.0.0.1/tcp/{}", proxy.port()).parse().unwrap();
+    let client = Peer::start(|config| config.listen.clear()).await;
+    let link = client.swarm.link(node.id(), &[through]).await.unwrap();
+    let (heard, moved) = (link.last_heard(), link.last_progress());
+    assert_eq!(link.waiting_bytes(), 0);
+    link.send(numbered(1, vec![0; LARGE])).unwrap();
+    assert!(link.waiting_bytes() > LARGE && link.last_progress() > moved);
+    // Seen while the frame is under way: some bytes were taken, and then some of the answer came.
+    let put = link.last_progress();
+    eventually("some of it is taken", || async { (link.last_progress() > put).then_some(()) }).await;
+    eventually("something is heard", || async { (link.last_heard() > heard).then_some(()) }).await;
+    client.service.until("it comes back", |echo| echo.answered.lock().unwrap().len() == 1).await;
+    assert_eq!(link.waiting_bytes(), 0);
+    assert!(link.last_heard() > put);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,10 +1,16 @@
 //! Starting and joining: what works, and what the errors say.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
-use helion::swarm::{Identity, JoinError, Multiaddr, PeerId, Role, StartError, Swarm, SwarmConfig};
+use futures::future::BoxFuture;
+use helion::swarm::{
+    Frame, Identity, JoinError, Link, Multiaddr, PeerId, Role, Service, StartError, Swarm, SwarmConfig, WeakSwarm, rpc,
+};
 
-use super::{Echo, PATIENCE, Peer};
+use super::{Echo, PATIENCE, Peer, eventually};
 
 async fn start_error(listen: &[Multiaddr]) -> StartError {
     let mut config = SwarmConfig::new(Identity::ephemeral(), Role::Server);
@@ -136,4 +142,38 @@ async fn peers_of_the_local_network_find_each_other() {
         Err(JoinError::NobodyNear(_)) => println!("no multicast on this machine: nothing was tested"),
         Err(other) => panic!("{other}"),
     }
+}
+
+/// A service that knows its own swarm.
+#[derive(Default)]
+struct Owned(OnceLock<WeakSwarm>);
+
+impl Service for Owned {
+    fn frame(&self, _: &Link, _: Frame) {}
+
+    fn link_closed(&self, _: &Link) {}
+
+    fn request(&self, _: PeerId, _: rpc::Request) -> BoxFuture<'static, rpc::Response> {
+        let known = self.0.get().and_then(WeakSwarm::upgrade).map(|swarm| swarm.peer_id().to_string());
+        Box::pin(async move { rpc::Response::failure(known.unwrap_or_default()) })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_service_may_know_its_swarm_without_keeping_it_running() {
+    let service = Arc::new(Owned::default());
+    let mut config = SwarmConfig::new(Identity::ephemeral(), Role::Server);
+    config.listen = vec!["/ip4/127.0.0.1/tcp/0".parse().unwrap()];
+    let swarm = Swarm::start(config, service.clone()).await.unwrap();
+    service.0.set(swarm.downgrade()).unwrap();
+    let (id, addresses) = (swarm.peer_id(), swarm.addresses());
+    let peer = Peer::start(|_| ()).await;
+    let answer = peer.swarm.request(id, &addresses, rpc::Request::info(), PATIENCE).await.unwrap();
+    assert_eq!(answer, rpc::Response::failure(id.to_string()));
+
+    let (weak, kept) = (swarm.downgrade(), Arc::downgrade(&service));
+    drop((swarm, service));
+    eventually("the swarm lets its service go", || async { kept.upgrade().is_none().then_some(()) }).await;
+    assert!(weak.upgrade().is_none());
+    eventually("its connections are closed", || async { peer.swarm.connected().is_empty().then_some(()) }).await;
 }
