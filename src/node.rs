@@ -316,7 +316,7 @@ async fn begin(
         span: span.clone(),
         hidden: engine.spec().hidden_size,
     };
-    sessions.serve(Host { engine: engine.clone(), swarm: swarm.clone(), hosted });
+    sessions.serve(Host { engine: engine.clone(), swarm: swarm.downgrade(), hosted });
     announcement.state = State::Online;
     announcement.kernel_path = engine.kernel_path().to_owned();
     announcement.compute_tokens_per_second = tokens_per_second;

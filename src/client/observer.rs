@@ -26,11 +26,7 @@ const PROBES_AT_A_TIME: usize = 128;
 const RTT_LIFETIME: Duration = Duration::from_secs(30);
 
 /// Starts the network and joins the DHT. What arrives goes to `inbox`.
-pub(crate) async fn join(
-    config: SwarmConfig,
-    inbox: Arc<Inbox>,
-    join_timeout: Duration,
-) -> Result<Swarm, ClientError> {
+pub(crate) async fn join(config: SwarmConfig, inbox: Arc<Inbox>, join_timeout: Duration) -> Result<Swarm, ClientError> {
     let swarm = Swarm::start(config, inbox).await?;
     swarm.search(join_timeout).await?;
     Ok(swarm)

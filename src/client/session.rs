@@ -24,6 +24,7 @@ use crate::{
     swarm::{
         Frame, Link, LinkError, Swarm,
         announcement::{Announcement, unix_ms},
+        clean,
         proto::{announcement, session as proto},
         ticket::{SessionId, SessionLimits, Ticket},
     },
@@ -411,7 +412,8 @@ impl Session {
     fn look_after_hops(&self, watch: &mut Watch, since: Instant) -> Result<(), SessionError> {
         let now = Instant::now();
         if let Some((asked_at, silent)) = &watch.asked
-            && let Some(hop) = self.hops.iter().find(|hop| silent.contains(&hop.peer))
+            && let Some(hop) =
+                self.hops.iter().find(|hop| silent.contains(&hop.peer) && !shows_life(&hop.link, *asked_at))
         {
             let why = format!("it does not answer ({:.1} s)", now.duration_since(*asked_at).as_secs_f64());
             return Err(self.lost(hop.peer, why));
@@ -491,12 +493,13 @@ impl Session {
     }
 
     fn fault(&self, hop: &HopLink, fault: proto::Fault) -> SessionError {
+        let message = clean(&fault.message);
         // A hop that can't go on because of the one behind it: that one is the news.
         if fault.blame() == proto::Blame::Downstream
             && let Ok(about) = PeerId::from_bytes(&fault.peer)
             && let Some(lost) = self.hops.iter().find(|hop| hop.peer == about)
         {
-            let why = format!("{} (reported by {})", fault.message, hop.peer);
+            let why = format!("{message} (reported by {})", hop.peer);
             return SessionError::HopLost { peer: lost.peer, blocks: lost.blocks.clone(), why };
         }
         // What a hop received wrong, the hop before it made.
@@ -511,7 +514,7 @@ impl Session {
             code: fault.code(),
             blame: fault.blame(),
             maybe_applied: fault.maybe_applied,
-            message: fault.message,
+            message,
         }
     }
 
@@ -533,6 +536,12 @@ impl Drop for Session {
             let _ = self.send_to(hop, proto::frame::Body::Close(proto::Close {}), Bytes::new());
         }
     }
+}
+
+/// Whether a peer that doesn't answer a ping lives all the same: it sends something, or takes what waits in front of the ping.
+/// Over a slow link a prompt's chunks take a while.
+fn shows_life(link: &Link, since: Instant) -> bool {
+    link.last_heard() > since || (link.waiting_bytes() > 0 && link.last_progress() > since)
 }
 
 /// What [`Session::receive`] knows of the hops while a step is overdue.

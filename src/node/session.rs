@@ -24,7 +24,7 @@ use super::{
 use crate::{
     engine::{Cache, Engine, HiddenStates, Job, LaneRun, Place, StepError, StepOutput},
     swarm::{
-        Frame, Link, SendError,
+        Frame, Link, SendError, clean,
         proto::{announcement, session as proto},
         ticket::{SessionId, Ticket},
     },
@@ -351,7 +351,7 @@ impl HopSession {
         if !is_next || epoch != inner.log.epoch() {
             return;
         }
-        let message = format!("the next hop refuses: {}", fault.message);
+        let message = format!("the next hop refuses: {}", clean(&fault.message));
         self.downstream_lost(&mut inner, proto::Code::NextHopLost, link.peer(), message);
     }
 

@@ -24,7 +24,7 @@ use super::{
 use crate::{
     engine::Engine,
     swarm::{
-        Frame, Link, Service, Swarm,
+        Frame, Link, Service, WeakSwarm,
         announcement::{Announcement, unix_ms},
         proto::{rpc, session as proto},
         ticket::{SessionId, Ticket},
@@ -67,7 +67,8 @@ const NEXT_HOP_TIMEOUT: Duration = Duration::from_secs(10);
 /// What the sessions need of the node; there once its blocks are loaded.
 pub(crate) struct Host {
     pub(crate) engine: Engine,
-    pub(crate) swarm: Swarm,
+    /// The swarm holds the sessions, as what it hands its frames to; they must not hold it.
+    pub(crate) swarm: WeakSwarm,
     pub(crate) hosted: Hosted,
 }
 
@@ -367,7 +368,10 @@ struct Opening {
 
 /// The link to the next hop. Why it can't be had is for this node's log: a stranger could ask about any address by it.
 async fn connect_next(host: &Host, next: &Announcement) -> Result<Link, Refusal> {
-    let link = tokio::time::timeout(NEXT_HOP_TIMEOUT, host.swarm.link(next.peer_id, &next.addresses)).await;
+    let Some(swarm) = host.swarm.upgrade() else {
+        return Err(Refusal::new(proto::Code::Leaving, "this node was asked to stop"));
+    };
+    let link = tokio::time::timeout(NEXT_HOP_TIMEOUT, swarm.link(next.peer_id, &next.addresses)).await;
     let why = match link {
         Ok(Ok(link)) => return Ok(link),
         Ok(Err(error)) => error.to_string(),
