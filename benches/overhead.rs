@@ -4,6 +4,8 @@
 //! "Network a hop" is what a token takes longer than in one process, over the number of hops. `cargo bench --bench overhead`; with `-- DIR` on another checkpoint than the demo's. The rounds alternate between the
 //! settings, so that a machine whose speed drifts hurts all of them alike; figures are medians.
 
+#![allow(clippy::expect_used)] // a bench that can't go on stops, with the reason
+
 use std::{
     io::{BufRead, BufReader},
     path::{Path, PathBuf},

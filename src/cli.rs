@@ -47,6 +47,7 @@ enum LogFormat {
 }
 
 #[derive(Debug, Subcommand)]
+#[expect(clippy::large_enum_variant, reason = "there is one, made once")]
 enum Command {
     /// Try it: a small swarm on this machine, with a small chat model that is built in.
     Demo(demo::DemoArgs),

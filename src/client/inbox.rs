@@ -25,6 +25,7 @@ const QUEUE: usize = 256;
 
 /// What happened to a session.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "nearly all are frames")]
 pub(crate) enum Event {
     /// A hop sent this.
     Frame { from: PeerId, epoch: u64, body: proto::frame::Body, payload: Bytes },

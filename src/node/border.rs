@@ -262,7 +262,8 @@ mod tests {
         let (hosted, good) = hosted_and_ticket();
         assert_eq!(hosted.check_ticket(&good, good.client, None), Ok(()));
         assert_eq!(hosted.check_ticket(&good, peer(), None).unwrap_err().code, proto::Code::NotAllowed);
-        let cases: [(proto::Code, Box<dyn Fn(&mut Ticket)>); 7] = [
+        type Change = Box<dyn Fn(&mut Ticket)>;
+        let cases: [(proto::Code, Change); 7] = [
             (proto::Code::BadTicket, Box::new(|t| t.hop = t.client)),
             (proto::Code::WrongModel, Box::new(|t| t.dht_prefix = "other".to_owned())),
             (proto::Code::WrongModel, Box::new(|t| t.fingerprint = Fingerprint([2; 32]))),
