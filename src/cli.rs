@@ -2,7 +2,7 @@
 //!
 //! Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage. Every flag can also be set by
 //! the environment (`HELION_` and its name in capitals) and, where there is a `--config`, by a file; see
-//! [`config`](crate::config).
+//! [`config`].
 
 // They panic where the stream is closed, as a pager or `head` does; see `output`.
 #![warn(clippy::print_stdout, clippy::print_stderr)]

@@ -12,7 +12,7 @@
 //!
 //! [`resolve`] turns those that neither the command line nor the environment sets into flags and parses again, so that
 //! a file goes through the same checks as a command line and no setting has a second definition. Where two settings exclude
-//! each other, the one from the stronger source stands; see [`precedence`].
+//! each other, the one from the stronger source stands; see `precedence`.
 
 mod file;
 mod precedence;

@@ -98,7 +98,7 @@ pub struct Sessions {
 }
 
 impl Sessions {
-    /// No sessions yet, and none accepted until [`Sessions::serve`].
+    /// No sessions yet, and none accepted until its blocks are loaded.
     pub fn new(settings: SessionSettings) -> Arc<Self> {
         Arc::new(Self {
             settings,

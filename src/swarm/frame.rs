@@ -4,7 +4,7 @@
 //! through the protobuf codec; it is read into an allocation of its own, which the reader of the frame owns.
 //!
 //! A length is a claim, so nothing is allocated on its word: memory grows with what has arrived, at most twice that, and
-//! beyond the first piece only as far as the reader's [`Room`] goes.
+//! beyond the first piece only as far as the reader's `Room` goes.
 
 use std::{io, time::Duration};
 
