@@ -109,7 +109,7 @@ impl Checkpoint {
 
     /// Reads one tensor of floating point numbers, and checks that it has the shape `expected`.
     ///
-    /// A name is found in each of its [`spellings`].
+    /// A name is found in each of its spellings: with and without the prefixes of base models and of multimodal checkpoints.
     ///
     /// # Errors
     /// No file has the tensor, its file is missing or broken, or its shape or dtype is not what it should be.

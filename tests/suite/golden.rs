@@ -4,6 +4,8 @@
 //! reference is compared within a tolerance; what the engine promises to be exact (any cut, any chunks, any batch) is
 //! compared bit for bit.
 
+mod variants;
+
 use std::{
     collections::HashMap,
     ops::Range,
@@ -90,12 +92,22 @@ impl Golden {
 /// One session on a chain of engines.
 struct Chain {
     hops: Vec<(Engine, Option<Cache>)>,
+    /// What its steps state.
+    rope_length: Option<usize>,
+}
+
+/// What a session asks of an engine.
+struct Step<'a> {
+    lanes: &'a [LaneRun],
+    hidden: HiddenStates,
+    keep: Keep,
+    rope_length: Option<usize>,
 }
 
 impl Chain {
     fn new(engines: &[Engine]) -> Self {
         let hop = |engine: &Engine| (engine.clone(), Some(engine.cache(engine.span()).unwrap()));
-        Self { hops: engines.iter().map(hop).collect() }
+        Self { hops: engines.iter().map(hop).collect(), rope_length: None }
     }
 
     /// Runs `hidden` through all engines; the outputs of each.
@@ -105,7 +117,8 @@ impl Chain {
         for (index, (engine, cache)) in self.hops.iter_mut().enumerate() {
             let input = outputs.last().unwrap_or(&hidden).clone();
             let keep = if index == last { keep } else { Keep::All };
-            let (returned, result) = run(engine, cache.take().unwrap(), lanes, input, keep);
+            let step = Step { lanes, hidden: input, keep, rope_length: self.rope_length };
+            let (returned, result) = run(engine, cache.take().unwrap(), step);
             *cache = Some(returned);
             outputs.push(result.unwrap());
         }
@@ -113,29 +126,20 @@ impl Chain {
     }
 }
 
-fn run(
-    engine: &Engine,
-    cache: Cache,
-    lanes: &[LaneRun],
-    hidden: HiddenStates,
-    keep: Keep,
-) -> (Cache, Result<HiddenStates, StepError>) {
-    submit(engine, cache, lanes, hidden, keep).recv_timeout(Duration::from_secs(60)).unwrap()
+type Answer = (Cache, Result<HiddenStates, StepError>);
+
+fn run(engine: &Engine, cache: Cache, step: Step<'_>) -> Answer {
+    submit(engine, cache, step).recv_timeout(Duration::from_secs(60)).unwrap()
 }
 
-fn submit(
-    engine: &Engine,
-    cache: Cache,
-    lanes: &[LaneRun],
-    hidden: HiddenStates,
-    keep: Keep,
-) -> mpsc::Receiver<(Cache, Result<HiddenStates, StepError>)> {
+fn submit(engine: &Engine, cache: Cache, step: Step<'_>) -> mpsc::Receiver<Answer> {
+    let Step { lanes, hidden, keep, rope_length } = step;
     let (answer, answers) = mpsc::sync_channel(1);
     engine.submit(Job {
         cache,
         lanes: lanes.to_vec(),
         hidden,
-        rope_length: None,
+        rope_length,
         keep,
         deadline: Instant::now() + Duration::from_secs(60),
         cancelled: Arc::default(),
@@ -294,7 +298,8 @@ fn sessions_share_an_engine(family: &str, dtype: Dtype) {
             let step = |step: Range<usize>| {
                 let hidden = edges.embed(&ids[step.clone()], wire(session)).unwrap();
                 let lanes = lane(step.start, step.len());
-                let (returned, result) = run(&engine, cache.take().unwrap(), &lanes, hidden, Keep::All);
+                let step = Step { lanes: &lanes, hidden, keep: Keep::All, rope_length: None };
+                let (returned, result) = run(&engine, cache.take().unwrap(), step);
                 cache = Some(returned);
                 result.unwrap()
             };
@@ -310,7 +315,9 @@ fn sessions_share_an_engine(family: &str, dtype: Dtype) {
             .map(|session| {
                 let step = steps(session)[round].clone();
                 let hidden = edges.embed(&ids[step.clone()], wire(session)).unwrap();
-                submit(&engine, caches[session].take().unwrap(), &lane(step.start, step.len()), hidden, Keep::All)
+                let lanes = lane(step.start, step.len());
+                let step = Step { lanes: &lanes, hidden, keep: Keep::All, rope_length: None };
+                submit(&engine, caches[session].take().unwrap(), step)
             })
             .collect();
         for (session, answer) in answers.into_iter().enumerate() {
