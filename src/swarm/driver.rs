@@ -99,6 +99,8 @@ pub(super) struct Peer {
     rtt: Option<Duration>,
     /// It said that it speaks the DHT's protocol.
     confirmed: bool,
+    /// It said that it doesn't: for people, what it is instead.
+    foreign: Option<String>,
 }
 
 struct Connection {
@@ -395,7 +397,11 @@ impl Driver {
         }
         if !info.protocols.contains(&KAD_PROTOCOL) {
             let agent: String = clean(&info.agent_version).chars().take(64).collect();
-            self.fail_confirmations(peer, &format!("it is no helion node (it calls itself {agent:?})"));
+            let reason = format!("it is no helion node (it calls itself {agent:?})");
+            self.fail_confirmations(peer, &reason);
+            if let Some(known) = self.shared.peers().get_mut(&peer) {
+                known.foreign = Some(reason);
+            }
             return;
         }
         let mut addresses = of_peer(&info.listen_addrs, Some(&remote));
@@ -409,6 +415,7 @@ impl Driver {
         self.add_to_routing_table(peer, &addresses);
         if let Some(known) = self.shared.peers().get_mut(&peer) {
             known.confirmed = true;
+            known.foreign = None;
         }
         self.succeed_confirmations(peer);
     }

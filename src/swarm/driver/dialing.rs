@@ -101,15 +101,17 @@ impl Driver {
     }
 
     pub(super) fn confirm(&mut self, peer: Option<PeerId>, reply: oneshot::Sender<Result<PeerId, String>>) {
-        let confirmed = self
-            .shared
-            .peers()
-            .iter()
-            .find(|(other, known)| known.confirmed && peer.is_none_or(|peer| peer == **other))
-            .map(|(peer, _)| *peer);
-        match confirmed {
-            Some(peer) => {
-                let _ = reply.send(Ok(peer));
+        let outcome = {
+            let peers = self.shared.peers();
+            let confirmed =
+                peers.iter().find(|(other, known)| known.confirmed && peer.is_none_or(|peer| peer == **other));
+            // It says what it is once a connection, which may have been before anybody asked.
+            let foreign = || peers.get(&peer?)?.foreign.clone().map(Err);
+            confirmed.map(|(peer, _)| Ok(*peer)).or_else(foreign)
+        };
+        match outcome {
+            Some(outcome) => {
+                let _ = reply.send(outcome);
             }
             None => {
                 self.confirmations.retain(|waiting| !waiting.reply.is_closed());
