@@ -37,6 +37,10 @@ struct Cli {
     command: Command,
 }
 
+/// What commands log where RUST_LOG doesn't say. That a new swarm's DHT knows nobody yet is no news, nor that a connection
+/// which is being closed was closed by the other side first.
+const QUIET_LOG: &str = "warn,libp2p_kad=error,yamux=error";
+
 /// How log lines look.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum LogFormat {
@@ -78,9 +82,8 @@ impl Command {
     /// What is logged where RUST_LOG doesn't say: servers tell what they do, commands only what goes wrong.
     fn default_log(&self) -> &'static str {
         match self {
-            // That a new swarm's DHT knows nobody yet is no news.
-            Self::Node(_) => "helion=info,warn,libp2p_kad=error",
-            _ => "warn,libp2p_kad=error",
+            Self::Node(_) => "helion=info,warn,libp2p_kad=error,yamux=error",
+            _ => QUIET_LOG,
         }
     }
 

@@ -82,7 +82,7 @@ pub enum ConfigError {
         reason: String,
     },
     /// The command line refuses a value that the file gave.
-    #[error("in {}: {source}", .path.display())]
+    #[error("in {}: {}", .path.display(), plain(&.source.to_string()))]
     Refused {
         /// The file.
         path: PathBuf,
@@ -256,6 +256,11 @@ fn near(command: &Command, name: &str) -> String {
         [(_, first)] => format!("; did you mean {first:?}?"),
         [(_, first), (_, second), ..] => format!("; did you mean {first:?} or {second:?}?"),
     }
+}
+
+/// A parser's words without the "error:" that stands in front of the whole message already.
+fn plain(text: &str) -> &str {
+    text.trim_start_matches("error: ").trim_end()
 }
 
 /// The extension of a file's name, in lower case.

@@ -114,6 +114,7 @@ impl ListenArgs {
     fn network(&self) -> anyhow::Result<SwarmConfig> {
         let default_path = || config::home().join("identity.key");
         let identity = Identity::load_or_create(&self.identity_path.clone().unwrap_or_else(default_path))?;
+        tracing::info!(version = env!("CARGO_PKG_VERSION"), peer_id = %identity.peer_id(), "starting");
         let listen = if self.host_maddrs.is_empty() { everywhere(self.port) } else { self.host_maddrs.clone() };
         Ok(SwarmConfig {
             listen,
@@ -183,7 +184,7 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     };
     let node = match prepared {
         Some((source, options, network)) => {
-            let on_event = Arc::new(report(args.listen.new_swarm));
+            let on_event = Arc::new(report(&args.listen));
             Node::start(source, options, network, on_event, stop.as_mut()).await?
         }
         None => None,
@@ -230,8 +231,11 @@ async fn prepare(args: &ServeArgs) -> anyhow::Result<(ModelSource, NodeOptions, 
 }
 
 /// Writes a node's way to serving to the log.
-fn report(first: bool) -> impl Fn(NodeEvent) + Send + Sync {
-    let progress = Progress::new("loading blocks");
+fn report(listen: &ListenArgs) -> impl Fn(NodeEvent) + Send + Sync + use<> {
+    let first = listen.new_swarm;
+    // Who starts a node from a program may start several.
+    let new_progress = if listen.stop_with_stdin { Progress::in_log } else { Progress::new };
+    let progress = new_progress("loading blocks");
     move |event| match event {
         NodeEvent::Joined { peers } => tracing::info!(peers, "joined the swarm"),
         NodeEvent::NewSwarm if first => tracing::info!("this node starts a new swarm"),

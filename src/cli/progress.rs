@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::model::hub::{self, Stage, Transfer};
 
@@ -21,10 +21,10 @@ pub(super) struct Progress {
 }
 
 impl Progress {
-    /// Progress of `what`, for example "loading blocks".
+    /// Progress of `what`, for example "loading blocks". Nothing is shown before the first update.
     pub(super) fn new(what: impl Into<String>) -> Self {
         let what = what.into();
-        let bar = ProgressBar::no_length();
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
         if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len}") {
             bar.set_style(style);
         }
@@ -32,9 +32,17 @@ impl Progress {
         Self { what, bar, on_terminal: console_is_attended(), last_line: Mutex::new(None) }
     }
 
+    /// The same in log lines only, for a process that shares its terminal with others.
+    pub(super) fn in_log(what: impl Into<String>) -> Self {
+        Self { on_terminal: false, ..Self::new(what) }
+    }
+
     /// `done` of `of` are done.
     pub(super) fn update(&self, done: u64, of: u64) {
         if self.on_terminal {
+            if self.bar.is_hidden() {
+                self.bar.set_draw_target(ProgressDrawTarget::stderr());
+            }
             self.bar.set_length(of);
             self.bar.set_position(done);
             if done >= of {

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use anyhow::Context;
 use clap::Args;
 use safetensors::tensor::TensorView;
 
@@ -53,7 +52,7 @@ async fn score(client: &Client, args: &ScoreArgs) -> anyhow::Result<()> {
     let bytes: Vec<u8> = logits.iter().flat_map(|logit| logit.to_le_bytes()).collect();
     let view = TensorView::new(safetensors::Dtype::F32, vec![args.input_ids.len(), vocabulary], &bytes)?;
     safetensors::serialize_to_file([("logits", view)], None, &args.out)
-        .with_context(|| format!("the logits can't be written to {}", args.out.display()))?;
+        .map_err(|error| anyhow::anyhow!("the logits can't be written to {}: {error}", args.out.display()))?;
     say(format_args!("wrote logits [{}, {vocabulary}] to {}", args.input_ids.len(), args.out.display()));
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::{ConfigError, extension};
+use super::{ConfigError, extension, plain};
 
 /// Bytes that a settings file may have. There are some hundred settings; more than this is another file by mistake.
 const MAX_BYTES: u64 = 1 << 20;
@@ -24,7 +24,7 @@ pub(super) struct Setting {
 /// Reads the entries of a file, in its order.
 pub(super) fn read(path: &Path) -> Result<Vec<Setting>, ConfigError> {
     let unreadable = |source| ConfigError::Unreadable { path: path.to_owned(), source };
-    let syntax = |reason: String| ConfigError::Syntax { path: path.to_owned(), reason };
+    let syntax = |reason: String| ConfigError::Syntax { path: path.to_owned(), reason: plain(&reason).to_owned() };
     let parse: fn(&str) -> Result<Entries, String> = match extension(path).as_str() {
         "yaml" | "yml" => |text| serde_saphyr::from_str(text).map_err(|error| error.to_string()),
         "toml" => |text| toml::from_str(text).map(Some).map_err(|error| error.to_string()),

@@ -13,7 +13,7 @@ use tokio::{
 
 use crate::{
     cli::{
-        LogFormat,
+        LogFormat, QUIET_LOG,
         arguments::{DtypeArg, SwarmArgs},
     },
     config,
@@ -114,7 +114,7 @@ impl Processes {
             .arg(key)
             // Shared, so that the hashes of a large checkpoint are computed once.
             .env("HELION_HOME", config::home())
-            .env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| "warn,libp2p_kad=error".to_owned()))
+            .env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| QUIET_LOG.to_owned()))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .kill_on_drop(true)

@@ -156,13 +156,65 @@ fn prompts_that_the_model_can_not_take() {
     let (bootstrap, _nodes) = place.swarm(&model, &["0:6"], &[]);
     place.generate(&model, &bootstrap, &[7; 513], &[]).fails(1, &["513", "512"]);
     place.generate(&model, &bootstrap, &[1, 512, 2], &[]).fails(1, &["512", "0 to 511"]);
-    place.generate(&model, &bootstrap, &[1], &["--max-tokens", "0"]).fails(1, &["max-tokens"]);
-    place.generate(&model, &bootstrap, &[1], &["--temperature", "-1"]).fails(1, &["temperature", "-1"]);
     let name = model.display().to_string();
     place.run(&["client", "generate", "--model", &name]).fails(2, &["--prompt"]);
     // The context's last token can still be generated.
     let result = place.generate(&model, &bootstrap, &[7; 511], &["--ignore-eos", "--max-tokens", "9"]).json();
     assert_eq!((&result["finish_reason"], numbers(&result["output_ids"]).len()), (&"length".into(), 1));
+}
+
+#[test]
+fn numbers_out_of_range_are_wrong_usage_before_anything_is_started() {
+    let (place, model) = (Place::new(), fixture("llama").display().to_string());
+    let huge = u64::MAX.to_string();
+    for (flag, value) in [
+        ("--max-tokens", "0"),
+        ("--temperature", "-1"),
+        ("--temperature", "nan"),
+        ("--top-p", "0"),
+        ("--min-p", "2"),
+        ("--repetition-penalty", "0"),
+        ("--frequency-penalty", "3"),
+        ("--presence-penalty", "-3"),
+        ("--wait", &huge),
+        ("--step-timeout", &huge),
+        ("--step-timeout", "0"),
+        ("--join-timeout", &huge),
+        ("--prefill-chunk", "0"),
+    ] {
+        // Nobody is there: what would start the network first would end with 1.
+        let args = ["client", "generate", "--model", &model, "--no-mdns", "--input-ids", "1", flag, value];
+        place.run(&args).fails(2, &[flag]);
+    }
+    place.run(&["client", "chat", "--model", &model, "--no-mdns", "--top-p", "2"]).fails(2, &["--top-p is 2"]);
+    place.run(&["client", "status", "--model", &model, "--watch", "--every", &huge]).fails(2, &["--every"]);
+    place.run(&["demo", "x", "--max-tokens", "0"]).fails(2, &["--max-tokens"]);
+    for (flag, value) in [
+        ("--join-timeout", huge.as_str()),
+        ("--step-deadline", &huge),
+        ("--max-sessions", "0"),
+        ("--max-sessions", "65537"),
+        ("--attn-cache-tokens", "0"),
+    ] {
+        serve(&place, &fixture("llama"), &[flag, value]).fails(2, &[flag]);
+    }
+}
+
+#[test]
+fn a_flag_wins_over_a_variable_that_excludes_it() {
+    let place = Place::new();
+    let nobody = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWEyoppNCUx8Yx66oV9fJnriXwCcXwDDUA2kj6vnc6iDEp";
+    let key = place.path().join("node.key").display().to_string();
+    let args = ["node", "bootstrap", "--new-swarm", "--no-mdns", "--host-maddrs", "/ip4/127.0.0.1/tcp/0"];
+    let args = [&args[..], &["--identity-path", &key]].concat();
+    place.start_with(&args, &[("INITIAL_PEERS", Path::new(nobody))]).line_with("--initial-peers");
+    let both = [&args[..], &["--initial-peers", nobody]].concat();
+    place.run(&both).fails(2, &["--new-swarm", "--initial-peers"]);
+
+    let model = fixture("llama").display().to_string();
+    let serve = [&["node", "serve", "--model", &model, "--blocks", "1:3"], &args[2..]].concat();
+    let node = place.start_with(&serve, &[("HELION_NUM_BLOCKS", Path::new("nonsense"))]);
+    node.line_with("serving blocks 1:3");
 }
 
 #[test]

@@ -62,7 +62,8 @@ impl Place {
         self.dir.path()
     }
 
-    fn command(&self, args: &[&str]) -> Command {
+    /// A command that is not started yet.
+    pub(super) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_helion"));
         command.args(args).env("HELION_HOME", self.path()).env("RUST_BACKTRACE", "0").env_remove("INITIAL_PEERS");
         command
@@ -235,6 +236,14 @@ impl Running {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
         let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
         line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+    }
+
+    /// The process group that a process is in.
+    pub(super) fn group_of(pid: u32) -> u32 {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        // The name, in brackets, may hold anything.
+        let (_, rest) = stat.rsplit_once(')').unwrap();
+        rest.split_whitespace().nth(2).unwrap().parse().unwrap()
     }
 
     /// Sends a signal, by its name.
