@@ -1,7 +1,8 @@
 //! What the network costs: decode speed through 1, 2 and 4 node processes on loopback, against the same engine in this
 //! process without any network, all in one run. Prints a table for the README.
 //!
-//! "Network a hop" is what a token takes longer than in one process, over the number of hops. `cargo bench --bench overhead`; with `-- DIR` on another checkpoint than the demo's. The rounds alternate between the
+//! "Network, a hop" is what a token takes beside the hops' engines and
+//! the client's edges, over the number of hops: all the way around the ring. `cargo bench --bench overhead`; with `-- DIR` on another checkpoint than the demo's. The rounds alternate between the
 //! settings, so that a machine whose speed drifts hurts all of them alike; figures are medians.
 
 #![allow(clippy::expect_used)] // a bench that can't go on stops, with the reason
@@ -70,24 +71,33 @@ async fn run(model: &Path) -> anyhow::Result<()> {
 
     let base = median(in_process.iter().copied());
     println!(
-        "| decode, {blocks} blocks, f32, one session | tokens/s | of the engine alone | a token | in the hops' engines | network a hop |"
+        "| decode, {blocks} blocks, f32, one session | tokens/s | of the engine alone | a token | in the hops' engines | network, a hop |"
     );
     println!("|---|---|---|---|---|---|");
-    println!("| engine in this process, no network | {:.0} | 1.00 | {:.3} ms | | |", 1.0 / base, base * 1e3);
+    println!("| engine in this process, no network | {:.0} | 1.00 | {:.2} ms | | |", 1.0 / base, base * 1e3);
     for (nodes, _, _, times) in &swarms {
-        let time = median(times.iter().map(|(token, _)| *token));
-        let engines = median(times.iter().map(|(_, engines)| *engines));
-        let share = (time - base) / f64::from(*nodes);
+        let time = median(times.iter().map(|token| token.all));
+        let engines = median(times.iter().map(|token| token.engines));
+        let network = median(times.iter().map(|token| token.all - token.engines - token.edges)) / f64::from(*nodes);
         println!(
-            "| {nodes} node(s) on loopback | {:.0} | {:.2} | {:.3} ms | {:.3} ms | {:.3} ms |",
+            "| {nodes} node(s) on loopback | {:.0} | {:.2} | {:.2} ms | {:.2} ms | {:.2} ms |",
             1.0 / time,
             base / time,
             time * 1e3,
             engines * 1e3,
-            share * 1e3
+            network * 1e3
         );
     }
     Ok(())
+}
+
+/// Where a token's time went, seconds.
+struct TokenTime {
+    all: f64,
+    /// In the engines of the hops, as they say: waiting for their turn, and computing.
+    engines: f64,
+    /// In the client's embedding and head.
+    edges: f64,
 }
 
 /// Seconds of every token after the first, in this process: embedding, blocks and head, as a client and its hops do it.
@@ -121,8 +131,8 @@ fn decode_in_process(engine: &Engine, edges: &Edges) -> Vec<f64> {
     times.split_off(1)
 }
 
-/// Seconds of every token after the first, through a swarm: of the token, and of it in the engines of the hops.
-async fn decode_through(client: &Client) -> anyhow::Result<Vec<(f64, f64)>> {
+/// The times of every token after the first, through a swarm.
+async fn decode_through(client: &Client) -> anyhow::Result<Vec<TokenTime>> {
     let limits = SessionLimits { max_lanes: 1, max_tokens: 1024, max_in_flight: 4, max_step_tokens: 64 };
     let (mut session, _) = client.open_session(limits, Duration::ZERO).await?;
     let edges = client.model().edges();
@@ -131,18 +141,27 @@ async fn decode_through(client: &Client) -> anyhow::Result<Vec<(f64, f64)>> {
     let mut times = Vec::new();
     let mut last = Instant::now();
     for _ in 0..TOKENS {
+        let begun = Instant::now();
+        let hidden = edges.embed(&input, Dtype::F32)?;
+        let mut in_edges = begun.elapsed();
         session.send(Step {
             lanes: vec![LaneRun { lane: 0, position, tokens: input.len() }],
-            hidden: edges.embed(&input, Dtype::F32)?,
+            hidden,
             want: Want::Last,
             rope_length: None,
         })?;
         let answer = session.receive().await?;
+        let answered = Instant::now();
         let logits = edges.logits(&answer.hidden.expect("the last row was wanted"))?;
         position += input.len();
         input = vec![likeliest(&logits)];
+        in_edges += answered.elapsed();
         let engines: Duration = answer.times.iter().map(|(queued, computed)| *queued + *computed).sum();
-        times.push((last.elapsed().as_secs_f64(), engines.as_secs_f64()));
+        times.push(TokenTime {
+            all: last.elapsed().as_secs_f64(),
+            engines: engines.as_secs_f64(),
+            edges: in_edges.as_secs_f64(),
+        });
         last = Instant::now();
     }
     Ok(times.split_off(1))
@@ -161,6 +180,7 @@ fn median(times: impl Iterator<Item = f64>) -> f64 {
 async fn connect(source: &ModelSource, address: &str) -> anyhow::Result<Client> {
     let identity = ModelIdentity {
         name: source.name().to_owned(),
+        argument: source.argument().to_owned(),
         dht_prefix: source.default_dht_prefix().to_owned(),
         fingerprint: source.fingerprint().await?,
     };

@@ -54,6 +54,7 @@
 //! let source = ModelSource::open("path/to/model", HubOptions::default()).await?;
 //! let identity = ModelIdentity {
 //!     name: source.name().to_owned(),
+//!     argument: source.argument().to_owned(),
 //!     dht_prefix: source.default_dht_prefix().to_owned(),
 //!     fingerprint: source.fingerprint().await?,
 //! };

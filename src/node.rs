@@ -160,6 +160,16 @@ pub enum NodeError {
         /// How many it has.
         blocks: usize,
     },
+    /// More blocks than the model has.
+    #[error("--num-blocks {asked} is more than {model} has: {blocks}")]
+    TooManyBlocks {
+        /// What was asked for.
+        asked: usize,
+        /// The model.
+        model: String,
+        /// How many it has.
+        blocks: usize,
+    },
     /// Not even one block fits.
     #[error(
         "no block of {model} fits into the free memory: one takes {block_bytes} bytes, {free_bytes} are free; a smaller --dtype or --attn-cache-tokens may help"
@@ -206,6 +216,11 @@ impl Node {
             return Err(NodeError::NoSuchBlocks { asked: asked.clone(), model: options.model.clone(), blocks });
         }
         let model = options.model.clone();
+        if let BlockChoice::Count(asked) = options.blocks
+            && asked > blocks
+        {
+            return Err(NodeError::TooManyBlocks { asked, model, blocks });
+        }
         let sessions = Sessions::new(options.sessions);
         let swarm = Swarm::start(network, Arc::new(NodeService(sessions.clone()))).await?;
         let serving = tokio::select! {

@@ -150,6 +150,7 @@ async fn find_model(args: &SwarmArgs) -> anyhow::Result<(ModelSource, ModelIdent
     let source = ModelSource::open(&args.model.model, args.model.hub.options()).await?;
     let identity = ModelIdentity {
         name: source.name().to_owned(),
+        argument: source.argument().to_owned(),
         dht_prefix: super::node::prefix(args.dht_prefix.as_deref(), &source)?,
         fingerprint: source.fingerprint().await?,
     };

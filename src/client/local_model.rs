@@ -35,6 +35,8 @@ pub struct LocalModel {
 pub struct ModelIdentity {
     /// What the user called it.
     pub name: String,
+    /// What `--model` takes to name it: the hub id, or the path.
+    pub argument: String,
     /// Its swarm's prefix.
     pub dht_prefix: String,
     /// Which one exactly.

@@ -96,6 +96,7 @@ impl SwarmView {
     pub fn incomplete(&self) -> Incomplete {
         Incomplete {
             model: self.identity.name.clone(),
+            argument: self.identity.argument.clone(),
             blocks: self.blocks,
             missing: self.missing(),
             serving: self.online().map(|peer| (peer.announcement.peer_id, peer.announcement.span.clone())).collect(),
@@ -137,6 +138,7 @@ fn uncovered(coverage: &[usize]) -> Vec<Range<usize>> {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub struct Incomplete {
     model: String,
+    argument: String,
     blocks: usize,
     missing: Vec<Range<usize>>,
     serving: Vec<(PeerId, Range<usize>)>,
@@ -189,7 +191,7 @@ impl fmt::Display for Incomplete {
             write!(
                 f,
                 "; start one with `helion node serve --model {} --blocks {}:{} --initial-peers …`",
-                self.model, gap.start, gap.end
+                self.argument, gap.start, gap.end
             )?;
         }
         if !self.foreign.is_empty() {

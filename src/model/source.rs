@@ -26,6 +26,7 @@ pub enum SourceError {
 
 /// A model whose configuration is known. See the module's docs.
 pub struct ModelSource {
+    argument: String,
     name: String,
     dht_prefix: String,
     files: ModelFiles,
@@ -52,7 +53,12 @@ impl ModelSource {
                 (name, default_dht_prefix(&full.to_string_lossy()))
             }
         };
-        Ok(Self { name, dht_prefix, files, spec })
+        Ok(Self { argument: model.to_owned(), name, dht_prefix, files, spec })
+    }
+
+    /// What it was opened by: the hub id, or the path.
+    pub fn argument(&self) -> &str {
+        &self.argument
     }
 
     /// What it is called: the hub id, or the directory's name.

@@ -214,6 +214,7 @@ impl Sessions {
         match sessions.get(&id) {
             Some(slot) if slot.client == link.peer() => {
                 if let Some(session) = &slot.session {
+                    tracing::debug!(session = %id, "session closed by its client");
                     session.close();
                 }
                 sessions.remove(&id);
@@ -314,6 +315,7 @@ impl Sessions {
             None => None,
             Some(next) => Some(connect_next(host, &next).await?),
         };
+        let id = ticket.session;
         let links = Links { control: link.clone(), downstream };
         let (watched, now) = (links.downstream.clone(), Instant::now());
         let session = {
@@ -335,6 +337,7 @@ impl Sessions {
                     };
                     let session = HopSession::new(ticket, links, means, now)
                         .map_err(|error| Refusal::new(Code::WrongBlocks, error.to_string()))?;
+                    tracing::debug!(session = %id, client = %slot.client, "session opened");
                     slot.session.insert(Arc::new(session)).clone()
                 }
             }

@@ -108,6 +108,7 @@ fn a_config_of_garbage() {
 fn blocks_that_the_model_does_not_have() {
     let place = Place::new();
     serve(&place, &fixture("llama"), &["--blocks", "5:99"]).fails(1, &["5:99", "0:6"]);
+    serve(&place, &fixture("llama"), &["--num-blocks", "99"]).fails(1, &["--num-blocks 99", "6"]);
     serve(&place, &fixture("llama"), &["--blocks", "4:2"]).fails(2, &["4:2"]);
     serve(&place, &fixture("llama"), &["--blocks", "nonsense"]).fails(2, &["nonsense", "START:END"]);
     serve(&place, &fixture("llama"), &["--blocks", "0:2", "--num-blocks", "3"]).fails(2, &["--num-blocks"]);

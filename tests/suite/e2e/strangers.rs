@@ -37,6 +37,7 @@ async fn client(model: &Path, peer: &Server) -> Client {
     let source = ModelSource::open(&model.display().to_string(), HubOptions::default()).await.unwrap();
     let identity = ModelIdentity {
         name: source.name().to_owned(),
+        argument: source.argument().to_owned(),
         dht_prefix: source.default_dht_prefix().to_owned(),
         fingerprint: source.fingerprint().await.unwrap(),
     };
