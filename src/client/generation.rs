@@ -151,7 +151,7 @@ impl Client {
             max_lanes: 1,
             max_tokens: longest as u64,
             max_in_flight: CHUNKS_IN_FLIGHT,
-            max_step_tokens: options.prefill_chunk.min(prompt_ids.len()).max(1) as u32,
+            max_step_tokens: options.prefill_chunk.min(longest).max(1) as u32,
         };
         let (mut session, route) = self.open_session(limits, options.wait).await?;
         let route_time = started.elapsed();
@@ -180,7 +180,13 @@ impl Client {
             if let Some(reason) = ends {
                 break reason;
             }
-            answer = self.decode(&mut session, id, position).await?;
+            answer = if self.model().spec().position_boundary() == Some(position) {
+                // All positions change here: the session is rolled back to 0.
+                let all = [prompt_ids, &writer.output_ids].concat();
+                self.prefill(&mut session, all.chunks(options.prefill_chunk.max(1)), &mut None).await?
+            } else {
+                self.decode(&mut session, id, position).await?
+            };
         };
         let total = started.elapsed();
 

@@ -450,6 +450,15 @@ impl ModelSpec {
         self.blocks.get(index).map(|block| block.tensors(self.hidden_size)).unwrap_or_default()
     }
 
+    /// The length above which the positions of all tokens change, where there is one (longrope): a sequence that grows past it
+    /// is computed anew from its start, as transformers does.
+    pub fn position_boundary(&self) -> Option<usize> {
+        self.blocks.iter().find_map(|block| match &block.attention.rope.as_ref()?.scaling {
+            RopeScaling::Longrope { original_context, .. } => Some(*original_context),
+            _ => None,
+        })
+    }
+
     /// Bytes of the largest block: its weights in `dtype` and its part of a KV cache of `cache_tokens` tokens.
     pub fn largest_block_bytes(&self, dtype: Dtype, cache_tokens: usize) -> u64 {
         let size = |tensor: &TensorSpec| match tensor.values {

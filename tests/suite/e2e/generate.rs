@@ -190,6 +190,38 @@ fn score_writes_the_reference_logits() {
     assert!(worst / deviation < 1e-4, "{worst} of {deviation}");
 }
 
+/// A model whose positions all change when a sequence grows past 24 tokens: every token is the one that follows from all
+/// before it, computed anew.
+#[test]
+fn a_sequence_that_grows_past_the_longrope_boundary() {
+    let place = Place::new();
+    let model = place.path().join("longrope");
+    std::fs::create_dir(&model).unwrap();
+    for file in std::fs::read_dir(fixture("phi3")).unwrap() {
+        let path = file.unwrap().path();
+        std::fs::copy(&path, model.join(path.file_name().unwrap())).unwrap();
+    }
+    let read =
+        |path: &Path| -> serde_json::Value { serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap() };
+    let mut config = read(&model.join("config.json"));
+    for (field, value) in read(&fixture("variants").join("phi3-longrope.json"))["changes"].as_object().unwrap() {
+        config[field] = value.clone();
+    }
+    std::fs::write(model.join("config.json"), config.to_string()).unwrap();
+
+    let (bootstrap, _nodes) = place.swarm(&model, &["0:3", "3:6"], &[]);
+    let mut ids = reference(&model).prompt[..21].to_vec();
+    let args = ["--ignore-eos", "--prefill-chunk", "9", "--max-tokens"];
+    let generate = |ids: &[u32], count: &str| {
+        let result = place.generate(&model, &bootstrap, ids, &[&args[..], &[count]].concat()).json();
+        numbers(&result["output_ids"])
+    };
+    for token in generate(&ids, "7") {
+        assert_eq!(generate(&ids, "1"), [token], "after {} tokens", ids.len());
+        ids.push(token);
+    }
+}
+
 #[test]
 fn the_chat_model_answers_its_ten_questions() {
     let (place, model) = (Place::new(), tiny());
