@@ -24,6 +24,7 @@ use helion::{
 use tokio::sync::mpsc;
 
 use super::harness::{Place, Server, fixture, reference};
+use crate::proxy::DelayingProxy;
 
 fn network(peer: &Server) -> SwarmConfig {
     SwarmConfig {
@@ -262,4 +263,33 @@ async fn a_rollback_forgets_what_came_after() {
     session.receive().await.unwrap();
     // From position 0 again: the reference's tokens, as if nothing had been there.
     generate_with(&client, &mut session, &model, async |_| {}).await;
+}
+
+/// The client reaches the node over a link with a 40 ms round trip.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_sessions_that_start_at_once_over_a_long_link_all_start() {
+    const SESSIONS: usize = 256;
+    let (place, model) = (Place::new(), fixture("llama"));
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let proxy = DelayingProxy::start(([127, 0, 0, 1], port).into(), Duration::from_millis(40)).await;
+    let bootstrap = place.bootstrap();
+    let (listen, announce) = (format!("/ip4/127.0.0.1/tcp/{port}"), format!("/ip4/127.0.0.1/tcp/{}", proxy.port()));
+    let _node =
+        place.node(&model, &bootstrap, &["--blocks", "0:6", "--host-maddrs", &listen, "--announce-maddrs", &announce]);
+    let client = client(&model, &bootstrap).await;
+    let begun = std::time::Instant::now();
+    let mut sessions = tokio::task::JoinSet::new();
+    for _ in 0..SESSIONS {
+        let client = client.clone();
+        sessions.spawn(async move {
+            let (mut session, _) = client.open_session(limits(40), Duration::ZERO).await.unwrap();
+            session.send(step(client.model().edges().embed(&[1, 2, 3], Dtype::F32).unwrap(), 0)).unwrap();
+            let answer = session.receive().await.unwrap();
+            likeliest(&client.model().edges().logits(&answer.hidden.unwrap()).unwrap())
+        });
+    }
+    let tokens = sessions.join_all().await;
+    assert_eq!(tokens.len(), SESSIONS);
+    assert!(tokens.iter().all(|token| *token == tokens[0]), "the same prompt gives the same token");
+    assert!(begun.elapsed() < super::harness::HANG);
 }
