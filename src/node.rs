@@ -329,7 +329,6 @@ async fn begin(
         dht_prefix: options.dht_prefix,
         fingerprint: options.fingerprint,
         span: span.clone(),
-        hidden: engine.spec().hidden_size,
     };
     sessions.serve(Host { engine: engine.clone(), swarm: swarm.downgrade(), hosted });
     announcement.state = State::Online;

@@ -48,8 +48,6 @@ pub struct Hosted {
     pub fingerprint: Fingerprint,
     /// The blocks it serves.
     pub span: std::ops::Range<usize>,
-    /// Numbers in a row of hidden states.
-    pub hidden: usize,
 }
 
 impl Hosted {
@@ -232,13 +230,8 @@ mod tests {
     }
 
     fn hosted_and_ticket() -> (Hosted, Ticket) {
-        let hosted = Hosted {
-            peer: peer(),
-            dht_prefix: "tiny".to_owned(),
-            fingerprint: Fingerprint([1; 32]),
-            span: 2..6,
-            hidden: 4,
-        };
+        let hosted =
+            Hosted { peer: peer(), dht_prefix: "tiny".to_owned(), fingerprint: Fingerprint([1; 32]), span: 2..6 };
         let client = peer();
         let ticket = Ticket {
             session: SessionId::random(),

@@ -332,7 +332,7 @@ impl HopSession {
         self.downstream_lost(inner, code, peer, format!("step {number} can't be passed on: {error}"));
     }
 
-    /// The link to `peer` ended. Returns whether it was this session's.
+    /// A link ended; it may be one of this session's.
     pub(crate) fn link_closed(&self, link: &Link, now: Instant) {
         let mut inner = self.lock();
         if inner.control.id() == link.id() {

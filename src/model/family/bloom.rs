@@ -8,7 +8,7 @@ use super::{
 use crate::model::{
     Dtype,
     spec::{
-        Activation, AlibiSpec, AttentionSpec, BlockSpec, EdgesSpec, FfnSpec, HeadSpec, LinearSpec, ModelSpec, NormSpec,
+        Activation, AlibiSpec, AttentionSpec, BlockSpec, EdgesSpec, FfnSpec, LinearSpec, ModelSpec, NormSpec,
         ResidualOrder,
     },
 };
@@ -76,11 +76,7 @@ pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
         edges: EdgesSpec {
             embedding: "transformer.word_embeddings.weight".into(),
             final_norm: norm("transformer.ln_f"),
-            head: if tied {
-                HeadSpec::Tied
-            } else {
-                HeadSpec::Separate(LinearSpec::named("lm_head", vocab, hidden, false))
-            },
+            head: decoder::head(tied, vocab, hidden),
             embedding_scale: None,
             embedding_norm: Some(norm("transformer.word_embeddings_layernorm")),
             logit_soft_cap: None,

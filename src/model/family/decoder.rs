@@ -164,16 +164,17 @@ pub(super) fn spec(config: &Config, switches: &Switches) -> Result<ModelSpec, Co
         edges: EdgesSpec {
             embedding: "model.embed_tokens.weight".into(),
             final_norm: norm("model.norm.weight".into()),
-            head: if tied {
-                HeadSpec::Tied
-            } else {
-                HeadSpec::Separate(linear("lm_head".into(), vocab, hidden, false))
-            },
+            head: head(tied, vocab, hidden),
             embedding_scale: None,
             embedding_norm: None,
             logit_soft_cap: None,
         },
     })
+}
+
+/// The output head: the embedding's matrix, or one of its own without a bias.
+pub(super) fn head(tied: bool, vocab: usize, hidden: usize) -> HeadSpec {
+    if tied { HeadSpec::Tied } else { HeadSpec::Separate(LinearSpec::named("lm_head", vocab, hidden, false)) }
 }
 
 /// The heads of attention.

@@ -17,10 +17,7 @@ use super::{
 };
 use crate::model::{
     Dtype,
-    spec::{
-        AlibiSpec, AttentionSpec, BlockSpec, EdgesSpec, FfnSpec, HeadSpec, LinearSpec, ModelSpec, NormSpec,
-        ResidualOrder,
-    },
+    spec::{AlibiSpec, AttentionSpec, BlockSpec, EdgesSpec, FfnSpec, LinearSpec, ModelSpec, NormSpec, ResidualOrder},
 };
 
 /// How often the linear biases are added, scaled as the scores are.
@@ -94,11 +91,7 @@ pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
         edges: EdgesSpec {
             embedding: "transformer.word_embeddings.weight".into(),
             final_norm: norm("transformer.ln_f"),
-            head: if tied {
-                HeadSpec::Tied
-            } else {
-                HeadSpec::Separate(LinearSpec::named("lm_head", vocab, hidden, false))
-            },
+            head: decoder::head(tied, vocab, hidden),
             embedding_scale: None,
             embedding_norm: None,
             logit_soft_cap: None,

@@ -6,16 +6,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::harness::{Finished, Place, Server, fixture, join, numbers, reference};
+use super::harness::{Finished, Place, Server, copy_fixture, fixture, join, numbers, reference};
 
 /// A copy of a fixture that may be broken.
 fn copy(place: &Place, family: &str) -> PathBuf {
     let copy = place.path().join(family);
-    std::fs::create_dir_all(&copy).unwrap();
-    for file in std::fs::read_dir(fixture(family)).unwrap() {
-        let path = file.unwrap().path();
-        std::fs::copy(&path, copy.join(path.file_name().unwrap())).unwrap();
-    }
+    copy_fixture(family, &copy);
     copy
 }
 

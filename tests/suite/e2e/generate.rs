@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, path::Path};
 
-use super::harness::{Place, Server, fixture, join, numbers, reference, tiny};
+use super::harness::{Place, Server, copy_fixture, fixture, join, numbers, reference, tiny};
 
 /// Generates 24 greedy tokens through a swarm and holds them against the reference.
 fn check(place: &Place, model: &Path, peer: &Server, hops: usize, args: &[&str]) {
@@ -120,11 +120,7 @@ fn two_models_in_one_dht_do_not_mix() {
 /// Copies a checkpoint and changes one weight: another revision of the model, with the same name.
 fn other_revision(place: &Place, family: &str) -> std::path::PathBuf {
     let copy = place.path().join("other").join(family);
-    std::fs::create_dir_all(&copy).unwrap();
-    for file in std::fs::read_dir(fixture(family)).unwrap() {
-        let path = file.unwrap().path();
-        std::fs::copy(&path, copy.join(path.file_name().unwrap())).unwrap();
-    }
+    copy_fixture(family, &copy);
     let weights = copy.join("model.safetensors");
     let mut bytes = std::fs::read(&weights).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
@@ -196,11 +192,7 @@ fn score_writes_the_reference_logits() {
 fn a_sequence_that_grows_past_the_longrope_boundary() {
     let place = Place::new();
     let model = place.path().join("longrope");
-    std::fs::create_dir(&model).unwrap();
-    for file in std::fs::read_dir(fixture("phi3")).unwrap() {
-        let path = file.unwrap().path();
-        std::fs::copy(&path, model.join(path.file_name().unwrap())).unwrap();
-    }
+    copy_fixture("phi3", &model);
     let read =
         |path: &Path| -> serde_json::Value { serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap() };
     let mut config = read(&model.join("config.json"));
