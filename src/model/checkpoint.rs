@@ -9,6 +9,7 @@
 //! is then what was asked for, which makes it easy to state and to test.
 
 mod error;
+mod matrix;
 mod shard;
 
 use std::{
@@ -20,9 +21,13 @@ use std::{
 };
 
 pub use error::CheckpointError;
+pub use matrix::{BlockFormat, BlockMatrix, Fp8Matrix, GroupedMatrix, StoredMatrix};
 use shard::Shard;
 
-use super::{Dtype, family, spec::ModelSpec};
+use super::{
+    Dtype, family,
+    spec::{LinearSpec, ModelSpec},
+};
 
 const CONFIG: &str = "config.json";
 const SINGLE: &str = "model.safetensors";
@@ -139,6 +144,19 @@ impl Checkpoint {
     pub fn read_bytes(&self, name: &str, expected: &[usize]) -> Result<Vec<u8>, CheckpointError> {
         let (shard, name) = self.find(name)?;
         shard.read_bytes(&name, expected)
+    }
+
+    /// Reads a layer's matrix, `[outputs, inputs]`, in the format that it is stored in.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::read_rows`].
+    pub fn matrix(&self, linear: &LinearSpec) -> Result<StoredMatrix, CheckpointError> {
+        let shape = [linear.stored_rows(), linear.inputs];
+        let data = match &linear.rows {
+            Some(rows) => self.read_rows(&linear.weight, &shape, rows.runs(linear.outputs)),
+            None => self.read(&linear.weight, &shape),
+        };
+        data.map(StoredMatrix::Floats)
     }
 
     /// The file that has the tensor, and the spelling of its name there.
