@@ -178,12 +178,7 @@ fn median(times: impl Iterator<Item = f64>) -> f64 {
 }
 
 async fn connect(source: &ModelSource, address: &str) -> anyhow::Result<Client> {
-    let identity = ModelIdentity {
-        name: source.name().to_owned(),
-        argument: source.argument().to_owned(),
-        dht_prefix: source.default_dht_prefix().to_owned(),
-        fingerprint: source.fingerprint().await?,
-    };
+    let identity = ModelIdentity::of(source).await?;
     let choice = EdgesChoice { dtype: Some(Dtype::F32), device: DeviceChoice::Cpu };
     let model = LocalModel::load(&source.fetch_edges().await?, identity, choice)?;
     let network = SwarmConfig {

@@ -52,12 +52,7 @@
 //!
 //! # async fn example() -> anyhow::Result<()> {
 //! let source = ModelSource::open("path/to/model", HubOptions::default()).await?;
-//! let identity = ModelIdentity {
-//!     name: source.name().to_owned(),
-//!     argument: source.argument().to_owned(),
-//!     dht_prefix: source.default_dht_prefix().to_owned(),
-//!     fingerprint: source.fingerprint().await?,
-//! };
+//! let identity = ModelIdentity::of(&source).await?;
 //! let checkpoint = source.fetch_edges().await?;
 //! let choice = EdgesChoice { dtype: None, device: DeviceChoice::Auto };
 //! let model = Arc::new(LocalModel::load(&checkpoint, identity, choice)?);

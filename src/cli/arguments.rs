@@ -67,6 +67,10 @@ pub(super) struct SwarmArgs {
     /// The name that the model's peers meet under [default: from the model's name].
     #[arg(long, value_name = "PREFIX")]
     pub(super) dht_prefix: Option<String>,
+    /// Use only peers whose weights are in one of these formats, as they announce it: none (not quantized), q8_0, … [default:
+    /// any].
+    #[arg(long, value_name = "FORMAT,…", value_delimiter = ',')]
+    pub(super) require_quant: Vec<String>,
     /// How long to look for the first peer, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 20, value_parser = seconds(1))]
     pub(super) join_timeout: u64,

@@ -78,6 +78,7 @@ async fn start(args: &DemoArgs, scratch: &Path, processes: &mut Processes) -> an
         model: ModelArgs { model, hub: args.hub.clone() },
         // Nobody will find these peers again.
         peers: PeerArgs { initial_peers: Vec::new(), no_mdns: true, no_remember: true },
+        require_quant: Vec::new(),
         dht_prefix: None,
         join_timeout: 20,
         dtype,

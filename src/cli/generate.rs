@@ -149,10 +149,9 @@ pub(super) async fn connect(args: &SwarmArgs, patience: Patience) -> anyhow::Res
 async fn find_model(args: &SwarmArgs) -> anyhow::Result<(ModelSource, ModelIdentity)> {
     let source = ModelSource::open(&args.model.model, args.model.hub.options()).await?;
     let identity = ModelIdentity {
-        name: source.name().to_owned(),
-        argument: source.argument().to_owned(),
         dht_prefix: super::node::prefix(args.dht_prefix.as_deref(), &source)?,
-        fingerprint: source.fingerprint().await?,
+        quants: args.require_quant.clone(),
+        ..ModelIdentity::of(&source).await?
     };
     Ok((source, identity))
 }

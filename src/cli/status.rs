@@ -69,16 +69,17 @@ fn table(view: &SwarmView) -> String {
     };
     line(format_args!("{} ({} blocks), prefix {}", status.model, status.blocks, status.dht_prefix));
     line(format_args!(
-        "{:<9} {:<9} {:>6} {:>9} {:>9} {:>11}  peer",
-        "blocks", "state", "dtype", "tokens/s", "rtt ms", "cache left"
+        "{:<9} {:<9} {:>6} {:>7} {:>9} {:>9} {:>11}  peer",
+        "blocks", "state", "dtype", "quant", "tokens/s", "rtt ms", "cache left"
     ));
     for peer in &status.peers {
         let rtt = peer.rtt_ms.map_or_else(|| "no answer".to_owned(), |rtt| format!("{rtt:.1}"));
         line(format_args!(
-            "{:<9} {:<9} {:>6} {:>9.1} {:>9} {:>11}  {} {}",
+            "{:<9} {:<9} {:>6} {:>7} {:>9.1} {:>9} {:>11}  {} {}",
             format!("{}:{}", peer.span[0], peer.span[1]),
             peer.state,
             peer.dtype,
+            peer.quant,
             peer.throughput,
             rtt,
             peer.cache_tokens_left,

@@ -6,8 +6,14 @@ use super::ClientError;
 use crate::{
     engine::{DeviceChoice, Edges, EdgesOptions},
     model::{
-        Dtype, chat::ChatTemplate, checkpoint::Checkpoint, fingerprint::Fingerprint, generation::GenerationDefaults,
-        spec::ModelSpec, tokenizer::Tokenizer,
+        Dtype,
+        chat::ChatTemplate,
+        checkpoint::Checkpoint,
+        fingerprint::Fingerprint,
+        generation::GenerationDefaults,
+        source::{ModelSource, SourceError},
+        spec::ModelSpec,
+        tokenizer::Tokenizer,
     },
 };
 
@@ -41,6 +47,24 @@ pub struct ModelIdentity {
     pub dht_prefix: String,
     /// Which one exactly.
     pub fingerprint: Fingerprint,
+    /// The quantizations in which its peers may serve it (`none` is one, too); any where empty.
+    pub quants: Vec<String>,
+}
+
+impl ModelIdentity {
+    /// What a model is called by default, to be served in any quantization.
+    ///
+    /// # Errors
+    /// Where its fingerprint can't be taken.
+    pub async fn of(source: &ModelSource) -> Result<Self, SourceError> {
+        Ok(Self {
+            name: source.name().to_owned(),
+            argument: source.argument().to_owned(),
+            dht_prefix: source.default_dht_prefix().to_owned(),
+            fingerprint: source.fingerprint().await?,
+            quants: Vec::new(),
+        })
+    }
 }
 
 impl LocalModel {

@@ -31,6 +31,8 @@ pub struct SwarmView {
     pub peers: Vec<PeerView>,
     /// Peers under the same prefix that serve another model or revision. Never used.
     pub foreign: Vec<Announcement>,
+    /// Peers that serve it in a quantization that was not asked for. Never used.
+    pub unfit: Vec<Announcement>,
     /// Peers that serve it, as the DHT says, and don't answer.
     pub silent: Vec<Announcement>,
 }
@@ -38,7 +40,7 @@ pub struct SwarmView {
 impl SwarmView {
     /// Nobody, as yet.
     pub fn new(identity: ModelIdentity, blocks: usize) -> Self {
-        Self { identity, blocks, peers: Vec::new(), foreign: Vec::new(), silent: Vec::new() }
+        Self { identity, blocks, peers: Vec::new(), foreign: Vec::new(), unfit: Vec::new(), silent: Vec::new() }
     }
 
     /// Adds what was discovered under the model's prefix. Peers that left are not in it.
@@ -47,12 +49,13 @@ impl SwarmView {
             if announcement.state == State::Offline {
                 continue;
             }
-            if Fingerprint(announcement.fingerprint) == self.identity.fingerprint
-                && announcement.span.end <= self.blocks
-            {
-                self.peers.push(PeerView { announcement, rtt: None });
-            } else {
+            let ModelIdentity { fingerprint, quants, .. } = &self.identity;
+            if Fingerprint(announcement.fingerprint) != *fingerprint || announcement.span.end > self.blocks {
                 self.foreign.push(announcement);
+            } else if !quants.is_empty() && !quants.contains(&announcement.quant) {
+                self.unfit.push(announcement);
+            } else {
+                self.peers.push(PeerView { announcement, rtt: None });
             }
         }
         self.peers
@@ -108,6 +111,8 @@ impl SwarmView {
                 .collect(),
             foreign: self.foreign.iter().map(|foreign| (foreign.peer_id, Fingerprint(foreign.fingerprint))).collect(),
             silent: self.silent.iter().map(|silent| (silent.peer_id, silent.span.clone())).collect(),
+            unfit: self.unfit.iter().map(|unfit| (unfit.span.clone(), unfit.quant.clone())).collect(),
+            quants: self.identity.quants.clone(),
             fingerprint: self.identity.fingerprint,
         }
     }
@@ -145,6 +150,8 @@ pub struct Incomplete {
     joining: Vec<Range<usize>>,
     foreign: Vec<(PeerId, Fingerprint)>,
     silent: Vec<(PeerId, Range<usize>)>,
+    unfit: Vec<(Range<usize>, String)>,
+    quants: Vec<String>,
     fingerprint: Fingerprint,
 }
 
@@ -186,6 +193,11 @@ impl fmt::Display for Incomplete {
         if !self.silent.is_empty() {
             let named = |(peer, span): &(PeerId, Range<usize>)| format!("{peer} ({})", range(span));
             write!(f, "; announced, but not answering: {}", spans(&mut self.silent.iter().map(named)))?;
+        }
+        if !self.unfit.is_empty() {
+            let named = |(span, quant): &(Range<usize>, String)| format!("{} in {quant}", range(span));
+            let (wanted, unfit) = (self.quants.join(" or "), spans(&mut self.unfit.iter().map(named)));
+            write!(f, "; left out, because --require-quant asks for {wanted}: {unfit}")?;
         }
         if let Some(gap) = self.missing.first() {
             write!(
@@ -294,6 +306,49 @@ impl From<&PeerView> for PeerStatus {
             cache_tokens_left: said.cache_tokens_left,
             version: said.version.clone(),
             addresses: said.addresses.iter().map(ToString::to_string).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peer(span: Range<usize>, quant: &str) -> Announcement {
+        let quant = quant.to_owned();
+        Announcement {
+            span,
+            quant,
+            fingerprint: [7; 32],
+            state: State::Online,
+            ..Announcement::blank(PeerId::random())
+        }
+    }
+
+    #[test]
+    fn peers_in_another_quantization_than_the_one_asked_for_are_left_out_and_named() {
+        let identity = |quants: &[&str]| ModelIdentity {
+            name: "m".to_owned(),
+            argument: "m".to_owned(),
+            dht_prefix: "m".to_owned(),
+            fingerprint: Fingerprint([7; 32]),
+            quants: quants.iter().map(ToString::to_string).collect(),
+        };
+        let peers = [peer(0..4, "none"), peer(4..8, "q4_k"), peer(4..8, "q8_0")];
+        for (quants, coverage) in [
+            (&[][..], [1, 1, 1, 1, 2, 2, 2, 2]),
+            (&["none"], [1, 1, 1, 1, 0, 0, 0, 0]),
+            (&["none", "q8_0"], [1, 1, 1, 1, 1, 1, 1, 1]),
+        ] {
+            let mut view = SwarmView::new(identity(quants), 8);
+            view.add(peers.clone());
+            assert_eq!(view.coverage(), coverage, "{quants:?}");
+        }
+        let mut view = SwarmView::new(identity(&["none"]), 8);
+        view.add(peers);
+        let message = view.incomplete().to_string();
+        for part in ["blocks 4:8", "--require-quant asks for none", "4:8 in q4_k", "4:8 in q8_0"] {
+            assert!(message.contains(part), "{message}");
         }
     }
 }

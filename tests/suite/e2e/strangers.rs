@@ -36,12 +36,7 @@ fn network(peer: &Server) -> SwarmConfig {
 
 async fn client(model: &Path, peer: &Server) -> Client {
     let source = ModelSource::open(&model.display().to_string(), HubOptions::default()).await.unwrap();
-    let identity = ModelIdentity {
-        name: source.name().to_owned(),
-        argument: source.argument().to_owned(),
-        dht_prefix: source.default_dht_prefix().to_owned(),
-        fingerprint: source.fingerprint().await.unwrap(),
-    };
+    let identity = ModelIdentity::of(&source).await.unwrap();
     let checkpoint = source.fetch_edges().await.unwrap();
     let choice = EdgesChoice { dtype: Some(Dtype::F32), device: DeviceChoice::Cpu };
     let model = Arc::new(LocalModel::load(&checkpoint, identity, choice).unwrap());
