@@ -54,6 +54,7 @@ mod planes;
 mod product;
 mod rope;
 mod schedule;
+pub mod speed;
 mod tensor;
 
 use std::{

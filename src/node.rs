@@ -18,14 +18,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
-
 use self::{
     border::Hosted,
     sessions::{Host, NodeService, SessionSettings, Sessions},
 };
 use crate::{
-    engine::{DeviceChoice, Engine, EngineOptions, HiddenStates, Job, Keep, LaneRun, LoadError},
+    engine::{DeviceChoice, Engine, EngineOptions, LoadError, speed::Speed},
     model::{
         Dtype,
         fingerprint::Fingerprint,
@@ -439,47 +437,12 @@ async fn keep_swept(sessions: Arc<Sessions>) {
     }
 }
 
-/// Decode speed through the whole span, one lane, tokens a second: the median of a few steps. 0 where it can't be measured.
+/// Decode speed through the whole span, one lane, tokens a second; 0 where it can't be measured.
 fn measure(engine: &Engine) -> f64 {
     /// The median of more would not be much truer.
     const STEPS: usize = 16;
-    let hidden_size = engine.spec().hidden_size;
-    let dtype = if engine.dtype() == Dtype::F32 { Dtype::F32 } else { Dtype::Bf16 };
-    let row = Bytes::from(vec![0; hidden_size * dtype.size_in_bytes()]);
-    let started = Instant::now();
-    let mut times = Vec::new();
-    let mut cache = engine.cache(engine.span()).ok();
-    for position in 0..STEPS {
-        let (Some(own), Ok(hidden)) = (cache.take(), HiddenStates::new(dtype, 1, hidden_size, row.clone())) else {
-            break;
-        };
-        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
-        let step_started = Instant::now();
-        engine.submit(Job {
-            cache: own,
-            lanes: vec![LaneRun { lane: 0, position, tokens: 1 }],
-            hidden,
-            rope_length: Some(position + 1),
-            keep: Keep::LastOfEachLane,
-            deadline: Instant::now() + Duration::from_secs(60),
-            cancelled: Arc::default(),
-            done: Box::new(move |cache, result| {
-                // The receiver waits right below.
-                let _ = sender.send((cache, result));
-            }),
-        });
-        match receiver.recv() {
-            Ok((own, Ok(_))) => {
-                times.push(step_started.elapsed());
-                cache = Some(own);
-            }
-            Ok((_, Err(error))) => tracing::warn!(%error, "the own speed can't be measured"),
-            Err(_) => {}
-        }
-        if started.elapsed() > MEASURE_FOR {
-            break;
-        }
-    }
-    times.sort_unstable();
-    times.get(times.len() / 2).map_or(0.0, |median| 1.0 / median.as_secs_f64())
+    Speed::of_blocks(engine).decode(1, STEPS, Some(MEASURE_FOR)).unwrap_or_else(|error| {
+        tracing::warn!(%error, "the node announces no speed of its own");
+        0.0
+    })
 }
