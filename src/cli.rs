@@ -12,6 +12,7 @@ mod chat;
 mod demo;
 mod generate;
 mod identity;
+mod models;
 mod node;
 mod output;
 mod progress;
@@ -74,6 +75,8 @@ enum ClientCommand {
     Chat(chat::ChatArgs),
     /// Write the logits of every position of a sequence to a file.
     Score(score::ScoreArgs),
+    /// Which models are served.
+    Models(models::ModelsArgs),
     /// Who serves which blocks, and whether the swarm is complete.
     Status(status::StatusArgs),
 }
@@ -95,6 +98,7 @@ impl Command {
             Self::Client(ClientCommand::Generate(args)) => generate::run(args).await,
             Self::Client(ClientCommand::Chat(args)) => chat::run(args).await,
             Self::Client(ClientCommand::Score(args)) => score::run(args).await,
+            Self::Client(ClientCommand::Models(args)) => models::run(args).await,
             Self::Client(ClientCommand::Status(args)) => status::run(args).await,
             Self::Identity(command) => identity::run(command),
         }

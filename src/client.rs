@@ -7,6 +7,7 @@
 pub mod generation;
 mod inbox;
 pub mod local_model;
+pub mod models;
 pub mod observer;
 pub mod route;
 pub mod sampling;

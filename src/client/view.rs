@@ -139,6 +139,11 @@ fn uncovered(coverage: &[usize]) -> Vec<Range<usize>> {
     runs
 }
 
+/// Half-open ranges as JSON has them.
+pub(super) fn spans(ranges: &[Range<usize>]) -> Vec<[usize; 2]> {
+    ranges.iter().map(|range| [range.start, range.end]).collect()
+}
+
 /// The swarm does not cover the model.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub struct Incomplete {
@@ -276,7 +281,7 @@ pub struct PeerStatus {
 
 impl From<&SwarmView> for Status {
     fn from(view: &SwarmView) -> Self {
-        let missing: Vec<_> = view.missing().iter().map(|gap| [gap.start, gap.end]).collect();
+        let missing = spans(&view.missing());
         Self {
             model: view.identity.name.clone(),
             dht_prefix: view.identity.dht_prefix.clone(),

@@ -115,6 +115,9 @@ fn two_models_in_one_dht_do_not_mix() {
     check(&place, &fixture("llama"), &bootstrap, 2, &[]);
     check(&place, &fixture("qwen3"), &bootstrap, 2, &[]);
     assert_eq!(place.status(&fixture("llama"), &bootstrap)["peers"].as_array().unwrap().len(), 2);
+    let models = place.run(&["client", "models", "--initial-peers", &bootstrap.address, "--json"]).json();
+    let listed: Vec<_> = models.as_array().unwrap().iter().map(|m| (&m["model"], &m["peers"], &m["complete"])).collect();
+    assert_eq!(listed, [(&"llama".into(), &2.into(), &true.into()), (&"qwen3".into(), &2.into(), &true.into())]);
 }
 
 /// Copies a checkpoint and changes one weight: another revision of the model, with the same name.
