@@ -23,6 +23,7 @@ use std::{
 pub use error::CheckpointError;
 pub use matrix::{BlockFormat, BlockMatrix, Fp8Matrix, GroupedMatrix, StoredMatrix};
 use shard::Shard;
+pub(crate) use shard::shard_number;
 
 use super::{
     Dtype, family,
@@ -226,6 +227,16 @@ impl Layout {
         }
         if dir.join(SINGLE).exists() {
             return Ok(Self::Single);
+        }
+        let files = shard::names_by_number(dir)?;
+        if !files.is_empty() {
+            // Without an index, the headers of those that are there say what they hold.
+            let mut tensors = BTreeMap::new();
+            for file in files {
+                let names = Shard::open(&dir.join(&file))?.names();
+                tensors.extend(names.into_iter().map(|tensor| (tensor, file.clone())));
+            }
+            return Ok(Self::Sharded(tensors));
         }
         let old = fs::read_dir(dir)
             .map_err(|source| CheckpointError::Io { path: dir.to_owned(), source })?

@@ -12,28 +12,53 @@
 //! is checked against it before it is used, and what was in the cache already is checked once
 //! ([`FileHashes`] remembers). A file that fails is removed, so that the next attempt
 //! starts clean. The list is kept beside the cached files, for the fingerprint and for starts without a network.
+//!
+//! **Nothing is done twice.** A download that was interrupted goes on where it stopped, also in another process, and
+//! processes that want the same file wait for the one that fetches it (`download`). Questions that fail for a passing
+//! reason are put again, a bounded number of times (`retry`).
+//!
+//! **The disk is bounded.** Before a download there is room made for it, by removing what Helion downloaded and nobody
+//! has used for the longest time (`space`, `usage`). A file stays as long as a [`ModelFiles`] that has it lives.
 
 mod access;
+mod cache;
+mod cached;
 mod download;
 mod error;
+mod headers;
 mod listing;
+mod partial;
+mod retry;
+mod settings;
+mod space;
+mod usage;
 mod weights;
 
 use std::{
-    collections::BTreeSet,
-    env, fmt, fs,
+    collections::{BTreeMap, BTreeSet},
+    fmt, fs,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use futures::{FutureExt, StreamExt, TryStreamExt};
-use hf_hub::{HFRepository, RepoTypeModel};
 
-pub use self::error::HubError;
+pub use self::{
+    cached::{CachedModel, CachedRevision, HubCache, Removed},
+    error::{Bytes, HubError, Room},
+    headers::StoredTensor,
+};
 use self::{
     access::Access,
-    download::Download,
-    listing::{Listing, RepositoryCache},
+    cache::RepositoryCache,
+    download::{Download, Outcome},
+    error::io_error,
+    headers::{Header, Remote},
+    listing::Listing,
+    settings::Settings,
+    space::Need,
+    usage::Claim,
+    weights::{Layout, WeightMap},
 };
 use super::fingerprint::{FileHashes, Fingerprint, FingerprintError, sha256_of_file};
 
@@ -57,6 +82,9 @@ const SMALL_FILES: [&str; 7] = [
 /// Files that are downloaded at a time: one connection seldom fills a fast line, and eight don't do so any better.
 const DOWNLOADS_AT_A_TIME: usize = 4;
 
+/// Headers that are asked for at a time: they are small, and each costs a round trip or two.
+const HEADERS_AT_A_TIME: usize = 8;
+
 /// The hub's own limit for ids.
 const MAX_ID_BYTES: usize = 96;
 
@@ -65,7 +93,8 @@ const MAX_ID_BYTES: usize = 96;
 pub struct HubOptions {
     /// Branch, tag or commit; `main` where absent.
     pub revision: Option<String>,
-    /// Access token, for gated and private models. (`HF_TOKEN`, or what `hf auth login` stored.)
+    /// Access token, for gated and private models. (`HF_TOKEN`, `HUGGING_FACE_HUB_TOKEN`, `HUGGINGFACE_HUB_TOKEN`, the file
+    /// `HF_TOKEN_PATH`, or what `hf auth login` stored.)
     pub token: Option<String>,
     /// The hub's cache directory. (`HF_HUB_CACHE`, `HF_HOME`.)
     pub cache_dir: Option<PathBuf>,
@@ -73,6 +102,8 @@ pub struct HubOptions {
     pub offline: bool,
     /// The hub's address. (`HF_ENDPOINT`.)
     pub endpoint: Option<String>,
+    /// What the weight files that Helion downloads may take in the cache, bytes; where absent, what the disk has to spare.
+    pub max_disk_space_bytes: Option<u64>,
     /// The state file that remembers the hashes of files; where absent, they are taken anew each time.
     pub hash_cache: Option<PathBuf>,
     /// Told how downloads and hashing get on.
@@ -112,6 +143,7 @@ impl fmt::Debug for HubOptions {
             .field("cache_dir", &self.cache_dir)
             .field("offline", &self.offline)
             .field("endpoint", &self.endpoint)
+            .field("max_disk_space_bytes", &self.max_disk_space_bytes)
             .field("hash_cache", &self.hash_cache)
             .finish_non_exhaustive()
     }
@@ -123,15 +155,6 @@ impl HubOptions {
             progress(transfer);
         }
     }
-
-    fn is_offline(&self) -> bool {
-        self.offline || is_true(env::var("HF_HUB_OFFLINE").unwrap_or_default().as_str())
-    }
-}
-
-/// Hugging Face's reading of a switch in the environment.
-fn is_true(value: &str) -> bool {
-    ["1", "on", "yes", "true"].contains(&value.to_lowercase().as_str())
 }
 
 /// The files of one checkpoint.
@@ -141,6 +164,8 @@ pub struct ModelFiles {
     options: HubOptions,
     /// `None` for a directory.
     hub: Option<Hub>,
+    /// The files that nobody may remove meanwhile, by name.
+    claims: Mutex<BTreeMap<String, Claim>>,
 }
 
 impl fmt::Debug for ModelFiles {
@@ -151,14 +176,13 @@ impl fmt::Debug for ModelFiles {
 
 /// A checkpoint on the hub, at one commit.
 struct Hub {
-    repository: HFRepository<RepoTypeModel>,
-    endpoint: String,
+    access: Access,
+    cache: RepositoryCache,
+    cache_dir: PathBuf,
     commit: String,
     offline: bool,
     /// Absent only offline, where the cache was filled by another program.
     listing: Option<Listing>,
-    /// Where the lists and locks of this model are.
-    state_dir: PathBuf,
 }
 
 impl ModelFiles {
@@ -175,54 +199,33 @@ impl ModelFiles {
             if !path.join(CONFIG).is_file() {
                 return Err(HubError::NoConfig { dir: path.to_owned() });
             }
-            return Ok(Self { model: model.to_owned(), dir: path.to_owned(), options, hub: None });
+            return Ok(Self::new(model, path.to_owned(), options, None));
         }
-        let Some((org, name)) = split_id(model) else {
+        if split_id(model).is_none() {
             return Err(HubError::NotAModel { model: model.to_owned(), is_file: path.is_file() });
-        };
+        }
         let revision = options.revision.clone().unwrap_or_else(|| DEFAULT_REVISION.to_owned());
         if !is_revision(&revision) {
             return Err(HubError::Revision { revision });
         }
-        let access = Access::new(&options)?;
-        let cache = RepositoryCache::new(access.cache_dir(), model);
+        let settings = Settings::of(&options);
+        let cache = RepositoryCache::new(&settings.cache_dir, model);
         let mut hub = Hub {
-            repository: access.client.model(org, name),
-            endpoint: access.client.endpoint().to_owned(),
+            access: Access::new(&settings)?,
+            cache,
+            cache_dir: settings.cache_dir,
             commit: String::new(),
-            offline: options.is_offline(),
+            offline: settings.offline,
             listing: None,
-            state_dir: cache.state_dir(),
         };
-        let known = cache.commit(&revision);
-        // A commit never changes, so one whose list is kept needs no question.
-        let settled = listing::is_commit(&revision) && cache.listing(&revision).is_some();
-        let asked = if hub.offline || settled { None } else { Some(access.ask(model, &revision).await) };
-        (hub.commit, hub.listing) = match (asked, known) {
-            (Some(Ok((commit, listing))), _) => {
-                let kept = cache.keep(&commit, &listing).and_then(|()| cache.keep_commit(&revision, &commit));
-                kept.map_err(|source| HubError::Io { path: hub.state_dir.clone(), source })?;
-                (commit, Some(listing))
-            }
-            // No network is no reason to stop where everything may be there.
-            (Some(Err(error)), Some(commit)) if error.is_connection() => {
-                tracing::warn!(model, %error, commit, "the hub can't be reached; using the cached revision");
-                hub.offline = true;
-                let listing = cache.listing(&commit);
-                (commit, listing)
-            }
-            (Some(Err(error)), _) => return Err(error),
-            (None, Some(commit)) => {
-                let listing = cache.listing(&commit);
-                (commit, listing)
-            }
-            (None, None) if settled => (revision.clone(), cache.listing(&revision)),
-            (None, None) => return Err(not_cached(model, access.cache_dir(), vec![CONFIG.to_owned()])),
-        };
-        let dir = cache.snapshot(&hub.commit);
-        let files = Self { model: model.to_owned(), dir, options, hub: Some(hub) };
+        hub.settle(model, &revision).await?;
+        let files = Self::new(model, hub.cache.snapshot(&hub.commit), options, Some(hub));
         files.fetch_small_files().await?;
         Ok(files)
+    }
+
+    fn new(model: &str, dir: PathBuf, options: HubOptions, hub: Option<Hub>) -> Self {
+        Self { model: model.to_owned(), dir, options, hub, claims: Mutex::default() }
     }
 
     /// The directory that holds the configuration, the tokenizer and the weight files that were fetched.
@@ -242,8 +245,35 @@ impl ModelFiles {
     /// # Errors
     /// [`HubError`]; what was fetched before stays in the cache.
     pub async fn fetch_weights(&self, wanted: &(dyn Fn(&str) -> bool + Sync)) -> Result<Vec<PathBuf>, HubError> {
-        let files: Vec<String> = self.weight_map()?.files_with(wanted).into_iter().collect();
+        let files: Vec<String> = self.weight_map().await?.files_with(wanted).into_iter().collect();
         self.fetch(&files).await
+    }
+
+    /// The sizes in bytes of the weight files that hold the tensors that `wanted` says yes to, fetched or not; `None` for a
+    /// file whose size the hub doesn't tell.
+    ///
+    /// # Errors
+    /// [`HubError`].
+    pub async fn weight_files(
+        &self,
+        wanted: &(dyn Fn(&str) -> bool + Sync),
+    ) -> Result<BTreeMap<String, Option<u64>>, HubError> {
+        let files = self.weight_map().await?.files_with(wanted);
+        let size = |file: &String| match self.listed(file) {
+            Some(listed) => listed.size,
+            None => fs::metadata(self.dir.join(file)).ok().map(|metadata| metadata.len()),
+        };
+        Ok(files.into_iter().map(|file| (file.clone(), size(&file))).collect())
+    }
+
+    /// All tensors of the checkpoint, by their names in it, from the headers of its weight files. Files that are not there
+    /// stay where they are: their headers are read from the hub.
+    ///
+    /// # Errors
+    /// [`HubError`].
+    pub async fn stored_tensors(&self) -> Result<BTreeMap<String, StoredTensor>, HubError> {
+        let files = self.weight_map().await?.files_with(&|_| true);
+        Ok(self.headers(files).await?.into_values().flatten().collect())
     }
 
     /// The model's fingerprint, over `canonical_config` and all weight files, fetched or not: from the hub's file list,
@@ -253,7 +283,7 @@ impl ModelFiles {
     /// [`HubError`]: a directory or an offline cache without file list must have all the weight files.
     pub async fn fingerprint(&self, canonical_config: &[u8]) -> Result<Fingerprint, HubError> {
         let mut hashes = Vec::new();
-        for file in self.weight_map()?.files_with(&|_| true) {
+        for file in self.weight_map().await?.files_with(&|_| true) {
             let known = self.listed(&file).and_then(|entry| entry.sha256());
             let sha256 = match known {
                 Some(sha256) => sha256,
@@ -283,16 +313,59 @@ impl ModelFiles {
     }
 
     /// Which tensor is in which file.
-    fn weight_map(&self) -> Result<weights::WeightMap, HubError> {
-        match self.hub.as_ref().and_then(|hub| hub.listing.as_ref()) {
-            Some(listing) => weights::WeightMap::read(&self.model, &self.dir, &listing.names()),
+    async fn weight_map(&self) -> Result<WeightMap, HubError> {
+        let names = match self.hub.as_ref().and_then(|hub| hub.listing.as_ref()) {
+            Some(listing) => listing.names(),
             None => {
-                let entries =
-                    fs::read_dir(&self.dir).map_err(|source| HubError::Io { path: self.dir.clone(), source })?;
-                let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-                let names: BTreeSet<String> = names.collect();
-                weights::WeightMap::read(&self.model, &self.dir, &names)
+                let entries = fs::read_dir(&self.dir).map_err(|source| io_error(&self.dir, source))?;
+                entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect()
             }
+        };
+        match Layout::read(&self.model, &self.dir, &names)? {
+            Layout::Known(map) => Ok(map),
+            Layout::Headers(files) => Ok(WeightMap::of_headers(&self.headers(files).await?)),
+        }
+    }
+
+    /// The headers of weight files, by file.
+    async fn headers(&self, files: BTreeSet<String>) -> Result<BTreeMap<String, Header>, HubError> {
+        let reads: Vec<_> = files
+            .into_iter()
+            .map(|file| async move { self.header(&file).await.map(|header| (file, header)) }.boxed())
+            .collect();
+        futures::stream::iter(reads).buffered(HEADERS_AT_A_TIME).try_collect().await
+    }
+
+    /// The header of a weight file: from the file, from an earlier question, or from the hub.
+    async fn header(&self, file: &str) -> Result<Header, HubError> {
+        let wrong = |reason| HubError::Header { file: file.to_owned(), model: self.model.clone(), reason };
+        let path = self.dir.join(file);
+        if path.is_file() {
+            let json = headers::local(&path).map_err(|source| io_error(&path, source))?.map_err(wrong)?;
+            return headers::parse(&json, Some(space::size(&path))).map_err(wrong);
+        }
+        let (Some(hub), Some(listed)) = (&self.hub, self.listed(file)) else {
+            return Err(self.lacks(file));
+        };
+        let kept = hub.cache.header(&listed.blob(&hub.commit));
+        if let Some(header) = fs::read(&kept).ok().and_then(|json| headers::parse(&json, listed.size).ok()) {
+            return Ok(header);
+        }
+        if hub.offline {
+            return Err(self.lacks(file));
+        }
+        let url = hub.access.file_url(&self.model, &hub.commit, file);
+        let json = Remote { access: &hub.access, model: &self.model, file, url: &url }.header().await?;
+        let header = headers::parse(&json, listed.size).map_err(wrong)?;
+        cache::replace(&kept, &json).map_err(|source| io_error(&kept, source))?;
+        Ok(header)
+    }
+
+    /// What to say of a file that isn't there and can't be had.
+    fn lacks(&self, file: &str) -> HubError {
+        match &self.hub {
+            Some(hub) if hub.offline => not_cached(&self.model, &hub.cache_dir, vec![file.to_owned()]),
+            _ => HubError::MissingFile { dir: self.dir.clone(), file: file.to_owned() },
         }
     }
 
@@ -302,50 +375,95 @@ impl ModelFiles {
 
     /// Makes sure of these files, and returns where they are.
     async fn fetch(&self, files: &[String]) -> Result<Vec<PathBuf>, HubError> {
-        let absent = files.iter().filter(|file| !self.dir.join(file).is_file());
-        match &self.hub {
-            None => {
-                if let Some(file) = absent.into_iter().next() {
-                    return Err(HubError::MissingFile { dir: self.dir.clone(), file: file.clone() });
-                }
-            }
-            Some(hub) if hub.offline => {
-                let absent: Vec<String> = absent.cloned().collect();
-                if !absent.is_empty() {
-                    return Err(not_cached(&self.model, &self.dir, absent));
-                }
-            }
-            Some(_) => {}
+        let absent: Vec<&String> = files.iter().filter(|file| !self.dir.join(file).is_file()).collect();
+        let paths = || files.iter().map(|file| self.dir.join(file)).collect();
+        let Some(hub) = &self.hub else {
+            return match absent.first() {
+                Some(file) => Err(self.lacks(file)),
+                None => Ok(paths()),
+            };
+        };
+        if hub.offline && !absent.is_empty() {
+            return Err(not_cached(&self.model, &hub.cache_dir, absent.into_iter().cloned().collect()));
         }
+        for file in files {
+            self.claim(hub, file).await?;
+        }
+        let checks: Vec<_> = files.iter().map(|file| self.is_usable(hub, file).boxed()).collect();
+        let usable: Vec<bool> = futures::stream::iter(checks).buffered(DOWNLOADS_AT_A_TIME).try_collect().await?;
+        let missing = files.iter().zip(usable).filter(|(_, usable)| !usable).map(|(file, _)| {
+            // Online there is a list; what an index names and the list lacks can't be had.
+            self.listed(file).ok_or_else(|| self.lacks(file))
+        });
+        let missing: Vec<&listing::File> = missing.collect::<Result<_, _>>()?;
+        self.make_room(hub, &missing).await?;
         // Boxed one by one, or the compiler can't see that a task on any thread may wait for them.
-        let fetches: Vec<_> = files.iter().map(|file| self.fetch_file(file).boxed()).collect();
-        futures::stream::iter(fetches).buffered(DOWNLOADS_AT_A_TIME).try_collect().await
+        let fetches: Vec<_> = missing.into_iter().map(|file| self.download(hub, file).boxed()).collect();
+        futures::stream::iter(fetches).buffer_unordered(DOWNLOADS_AT_A_TIME).try_collect::<()>().await?;
+        Ok(paths())
     }
 
-    async fn fetch_file(&self, file: &str) -> Result<PathBuf, HubError> {
-        let path = self.dir.join(file);
-        let Some(hub) = &self.hub else { return Ok(path) };
-        let listed = self.listed(file);
-        if path.is_file() {
-            match (self.check(file, &path, listed).await, hub.offline) {
-                (Ok(()), _) => return Ok(path),
-                (Err(error @ HubError::Damaged { .. }), false) => {
-                    tracing::warn!(%error, "downloading it again");
-                }
-                (Err(error), _) => return Err(error),
-            }
+    /// Keeps others from removing a file, as long as this lives.
+    async fn claim(&self, hub: &Hub, file: &str) -> Result<(), HubError> {
+        let blob = match self.listed(file) {
+            Some(listed) => Some(listed.blob(&hub.commit)),
+            None => cache::content_of(&self.dir.join(file)),
+        };
+        let Some(blob) = blob else { return Ok(()) };
+        if !self.claims.lock().unwrap_or_else(PoisonError::into_inner).contains_key(file) {
+            let claim = Claim::of(&hub.cache, &blob).await?;
+            self.claims.lock().unwrap_or_else(PoisonError::into_inner).insert(file.to_owned(), claim);
         }
-        let total_bytes = listed.and_then(|entry| entry.size).unwrap_or(0);
-        let download = Download { model: &self.model, hub, options: &self.options, file, total_bytes, path: &path };
-        download.run().await?;
-        self.check(file, &path, listed).await?;
-        Ok(path)
+        Ok(())
+    }
+
+    /// Whether a file is there and as it should be. A damaged one is removed, and an error where no other can be had.
+    async fn is_usable(&self, hub: &Hub, file: &str) -> Result<bool, HubError> {
+        let path = self.dir.join(file);
+        if !path.is_file() {
+            return Ok(false);
+        }
+        match (self.check(file, &path).await, hub.offline) {
+            (Ok(()), _) => Ok(true),
+            (Err(error @ HubError::Damaged { .. }), false) => {
+                tracing::warn!(%error, "downloading it again");
+                Ok(false)
+            }
+            (Err(error), _) => Err(error),
+        }
+    }
+
+    /// Sees to it that there is room for what is missing of these files.
+    async fn make_room(&self, hub: &Hub, files: &[&listing::File]) -> Result<(), HubError> {
+        let missing = |file: &&listing::File| {
+            let blob = file.blob(&hub.commit);
+            if hub.cache.blob(&blob).is_file() {
+                return 0;
+            }
+            file.size.unwrap_or(0).saturating_sub(space::size(&hub.cache.incomplete(&blob)))
+        };
+        let need = Need {
+            model: self.model.clone(),
+            cache_dir: hub.cache_dir.clone(),
+            bytes: files.iter().map(missing).fold(0, u64::saturating_add),
+            limit_bytes: self.options.max_disk_space_bytes,
+        };
+        let making = tokio::task::spawn_blocking(move || space::make_room(&need));
+        making.await.unwrap_or_else(|died| Err(HubError::Hub { reason: died.to_string() }))
+    }
+
+    async fn download(&self, hub: &Hub, file: &listing::File) -> Result<(), HubError> {
+        let Hub { access, cache, commit, .. } = hub;
+        match (Download { access, cache, commit, file, options: &self.options }).run().await? {
+            Outcome::Downloaded => Ok(()),
+            Outcome::Found => self.check(&file.name, &self.dir.join(&file.name)).await,
+        }
     }
 
     /// Compares a file with the hub's list; removes it where they differ.
-    async fn check(&self, file: &str, path: &Path, listed: Option<&listing::File>) -> Result<(), HubError> {
-        let Some(listed) = listed else { return Ok(()) };
-        let size = fs::metadata(path).map_err(|source| HubError::Io { path: path.to_owned(), source })?.len();
+    async fn check(&self, file: &str, path: &Path) -> Result<(), HubError> {
+        let (Some(hub), Some(listed)) = (&self.hub, self.listed(file)) else { return Ok(()) };
+        let size = fs::metadata(path).map_err(|source| io_error(path, source))?.len();
         let wrong = match (listed.size, listed.sha256()) {
             (Some(expected), _) if size != expected => Some(format!("it has {size} bytes instead of {expected}")),
             (_, Some(expected)) if self.hash(file, path.to_owned()).await? != expected => {
@@ -354,7 +472,8 @@ impl ModelFiles {
             _ => None,
         };
         let Some(reason) = wrong else { return Ok(()) };
-        download::remove(path).map_err(|source| HubError::Io { path: path.to_owned(), source })?;
+        let removed = fs::remove_file(path).and_then(|()| hub.cache.remove_blob(&listed.blob(&hub.commit)));
+        removed.map_err(|source| io_error(path, source))?;
         Err(HubError::Damaged { file: file.to_owned(), model: self.model.clone(), reason })
     }
 
@@ -376,6 +495,40 @@ impl ModelFiles {
         let hashed: Result<_, FingerprintError> =
             tokio::task::spawn_blocking(hashing).await.map_err(|error| HubError::Hub { reason: error.to_string() })?;
         Ok(hashed?)
+    }
+}
+
+impl Hub {
+    /// Finds out which commit is meant, and what it has: from the hub, or from the cache where that is enough or all that
+    /// can be had.
+    async fn settle(&mut self, model: &str, revision: &str) -> Result<(), HubError> {
+        let known = self.cache.commit(revision);
+        // A commit never changes, so one whose list is kept needs no question.
+        let settled = listing::is_commit(revision).then(|| self.cache.listing(revision)).flatten();
+        let is_settled = settled.is_some();
+        let asked = if self.offline || is_settled { None } else { Some(self.access.ask(model, revision).await) };
+        (self.commit, self.listing) = match (asked, known) {
+            (Some(Ok((commit, listing))), _) => {
+                let kept = self.cache.keep(&commit, &listing).and_then(|()| self.cache.keep_commit(revision, &commit));
+                kept.map_err(|source| io_error(self.cache.dir(), source))?;
+                (commit, Some(listing))
+            }
+            // No network is no reason to stop where everything may be there.
+            (Some(Err(error)), Some(commit)) if error.is_connection() => {
+                tracing::warn!(model, %error, commit, "the hub can't be reached; using the cached revision");
+                self.offline = true;
+                let listing = self.cache.listing(&commit);
+                (commit, listing)
+            }
+            (Some(Err(error)), _) => return Err(error),
+            (None, _) if is_settled => (revision.to_owned(), settled),
+            (None, Some(commit)) => {
+                let listing = self.cache.listing(&commit);
+                (commit, listing)
+            }
+            (None, None) => return Err(not_cached(model, &self.cache_dir, vec![CONFIG.to_owned()])),
+        };
+        Ok(())
     }
 }
 
@@ -454,12 +607,6 @@ mod tests {
         fs::create_dir(model.join("sub")).unwrap();
         assert_eq!(default_dht_prefix(model.join("sub/..").to_str().unwrap()), "my-model");
         assert_eq!(default_dht_prefix(&format!("{}/", model.display())), "my-model");
-    }
-
-    #[test]
-    fn switches_are_read_as_hugging_face_reads_them() {
-        assert!(["1", "ON", "yes", "True"].into_iter().all(is_true));
-        assert!(!["0", "", "no", "false", "2"].into_iter().any(is_true));
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! trusted: lengths and offsets are checked against the file before anything is allocated.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io,
     ops::Range,
     path::{Path, PathBuf},
@@ -75,7 +75,6 @@ impl Shard {
     }
 
     /// The tensors' names.
-    #[cfg(test)]
     pub(super) fn names(&self) -> Vec<String> {
         self.header.offset_keys()
     }
@@ -157,6 +156,23 @@ impl Shard {
         read_at(&self.file, buffer, self.data_start + offset as u64)
             .map_err(|source| CheckpointError::Io { path: self.path.clone(), source })
     }
+}
+
+/// Number and count of a shard that is named by them: `model-00002-of-00005.safetensors` is 2 of 5.
+pub(crate) fn shard_number(file: &str) -> Option<(u32, u32)> {
+    let (number, count) = file.strip_prefix("model-")?.strip_suffix(".safetensors")?.split_once("-of-")?;
+    let parse = |digits: &str| digits.bytes().all(|digit| digit.is_ascii_digit()).then(|| digits.parse().ok())?;
+    let (number, count) = (parse(number)?, parse(count)?);
+    (1..=count).contains(&number).then_some((number, count))
+}
+
+/// The files of a folder that are named by number and count, in their order.
+pub(super) fn names_by_number(dir: &Path) -> Result<Vec<String>, CheckpointError> {
+    let entries = fs::read_dir(dir).map_err(|source| CheckpointError::Io { path: dir.to_owned(), source })?;
+    let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+    let mut names: Vec<String> = names.filter(|name| shard_number(name).is_some()).collect();
+    names.sort();
+    Ok(names)
 }
 
 #[cfg(unix)]

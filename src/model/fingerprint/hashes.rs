@@ -78,6 +78,17 @@ impl FileHashes {
         Ok(sha256)
     }
 
+    /// Remembers a file's SHA-256 that was taken while it was written. That it can't be written down is only logged.
+    pub fn keep(&self, file: &Path, sha256: [u8; 32]) {
+        let kept = State::of(file).and_then(|state| match state {
+            Some(state) => self.remember(Entry { state, sha256: hex(&sha256) }),
+            None => Ok(()),
+        });
+        if let Err(error) = kept {
+            tracing::warn!(state = %self.path.display(), %error, "cannot remember a file's hash: it will be taken again");
+        }
+    }
+
     /// The entries, oldest first; none where the state file is absent or of no use.
     fn read(&self) -> Vec<Entry> {
         let small = fs::metadata(&self.path).is_ok_and(|metadata| metadata.len() <= MAX_BYTES);
@@ -204,6 +215,15 @@ mod tests {
         std::os::unix::fs::symlink(&path, &link).unwrap();
         let (sha256, _) = fixture.hash(&path);
         assert_eq!(fixture.hash(&link), (sha256, 0));
+    }
+
+    #[test]
+    fn a_hash_that_is_known_need_not_be_taken() {
+        let fixture = Fixture::new();
+        let path = fixture.write("a", "abc");
+        fixture.hashes.keep(&path, [7; 32]);
+        assert_eq!(fixture.hash(&path), ([7; 32], 0));
+        fixture.hashes.keep(&path.join("none"), [7; 32]);
     }
 
     #[test]

@@ -1,8 +1,11 @@
 //! What can go wrong with a checkpoint's files, said so that the reader knows what to do.
 
-use std::{fmt::Write as _, io, path::PathBuf};
-
-use hf_hub::HFError;
+use std::{
+    fmt::{self, Write as _},
+    io,
+    path::PathBuf,
+    time::Duration,
+};
 
 use crate::model::fingerprint::FingerprintError;
 
@@ -40,7 +43,10 @@ pub enum HubError {
         file: String,
     },
     /// There are no weights that could be read.
-    #[error("{model} has neither model.safetensors nor model.safetensors.index.json")]
+    #[error(
+        "{model} has neither model.safetensors nor model.safetensors.index.json nor shards such as \
+         model-00001-of-00002.safetensors"
+    )]
     NoWeights {
         /// The model.
         model: String,
@@ -117,13 +123,78 @@ pub enum HubError {
         /// What happened.
         reason: String,
     },
-    /// No more bytes came.
-    #[error("the download of {file} stopped: nothing came for {seconds} s; start again")]
-    Stalled {
+    /// A download broke off, and the next attempts did, too.
+    #[error(
+        "the download of {file} broke off after {} of {}: {reason}; start again, and it goes on from there",
+        Bytes(*.done_bytes), Bytes(*.total_bytes)
+    )]
+    Interrupted {
         /// The file.
         file: String,
-        /// How long nothing came.
-        seconds: u64,
+        /// What has come, bytes.
+        done_bytes: u64,
+        /// What should have come, bytes.
+        total_bytes: u64,
+        /// What happened.
+        reason: String,
+    },
+    /// There is no room for what would have to be downloaded. Nothing was removed.
+    #[error(
+        "{} of {model} have to be downloaded to {}, and {room}; {} can be freed, as the rest is in use or was not downloaded \
+         by Helion: make room (helion model list, helion model rm), raise --max-disk-space, choose fewer blocks, or name another --cache-dir",
+        Bytes(*.needed_bytes), .cache.display(), Bytes(*.freeable_bytes)
+    )]
+    NoSpace {
+        /// The model.
+        model: String,
+        /// The cache.
+        cache: PathBuf,
+        /// What is still to be downloaded, bytes.
+        needed_bytes: u64,
+        /// What there is room for.
+        room: Room,
+        /// What could be removed, bytes: files that Helion downloaded and nobody uses.
+        freeable_bytes: u64,
+    },
+    /// The disk became full on the way.
+    #[error(
+        "the disk is full, or a quota is reached: {}: {source}; what is complete stays usable, and the download goes on from \
+         here when there is room (helion model list and helion model rm show and remove models, --cache-dir names another disk)",
+        .path.display()
+    )]
+    DiskFull {
+        /// The file that couldn't grow.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A weight file's header can't be used.
+    #[error("{file} of {model} is not a safetensors file: {reason}")]
+    Header {
+        /// The file.
+        file: String,
+        /// The model.
+        model: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A file that should be removed is in use.
+    #[error("{model} is in use by another helion process ({file}): stop that first")]
+    InUse {
+        /// The model.
+        model: String,
+        /// One of the files.
+        file: String,
+    },
+    /// There is nothing to remove.
+    #[error("{} holds no {model}{}; helion model list shows what there is", .cache.display(), .revision.as_ref().map(|revision| format!(" at revision {revision:?}")).unwrap_or_default())]
+    NothingCached {
+        /// The model.
+        model: String,
+        /// The cache.
+        cache: PathBuf,
+        /// The revision that was asked for.
+        revision: Option<String>,
     },
     /// A file is not what the hub's list says. It was removed.
     #[error("{file} of {model} was damaged and has been removed: {reason}; start again to download it anew")]
@@ -161,46 +232,75 @@ impl HubError {
     }
 }
 
+/// What there is room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Room {
+    /// The disk has so much that may be used, bytes.
+    Disk(u64),
+    /// The user's limit leaves so much, bytes.
+    Limit(u64),
+}
+
+impl fmt::Display for Room {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Disk(bytes) => write!(f, "the disk has {} to spare", Bytes(bytes)),
+            Self::Limit(bytes) => write!(f, "--max-disk-space leaves {}", Bytes(bytes)),
+        }
+    }
+}
+
+/// A number of bytes, for people.
+#[derive(Debug, Clone, Copy)]
+pub struct Bytes(pub u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let units = [("TiB", 1u64 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
+        match units.into_iter().find(|(_, size)| self.0 >= *size) {
+            Some((unit, size)) => write!(f, "{:.1} {unit}", self.0 as f64 / size as f64),
+            None => write!(f, "{} bytes", self.0),
+        }
+    }
+}
+
+/// What the file system said about a path: a full disk has an error of its own.
+pub(super) fn io_error(path: impl Into<PathBuf>, source: io::Error) -> HubError {
+    use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    let path = path.into();
+    match source.kind() {
+        StorageFull | QuotaExceeded | FileTooLarge => HubError::DiskFull { path, source },
+        _ => HubError::Io { path, source },
+    }
+}
+
 /// A refusing answer of the hub.
-pub(super) struct Refusal<'a> {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Refusal {
     pub(super) status: u16,
     /// What its header `X-Error-Code` says.
-    pub(super) code: Option<&'a str>,
-    pub(super) retry_after_s: Option<u64>,
+    pub(super) code: Option<String>,
+    /// How long it asks to wait.
+    pub(super) retry_after: Option<Duration>,
 }
 
 /// A refusal, in terms of what the user can do. `revision` is given where it may be what is missing.
-pub(super) fn refused(refusal: &Refusal<'_>, model: &str, revision: Option<&str>, endpoint: &str) -> HubError {
+pub(super) fn refused(refusal: &Refusal, model: &str, revision: Option<&str>, endpoint: &str) -> HubError {
     let (model, endpoint) = (model.to_owned(), endpoint.to_owned());
-    match (refusal.status, refusal.code) {
+    match (refusal.status, refusal.code.as_deref()) {
         // The hub answers 401 for what it hides from this user, too.
         (401 | 404, Some("RepoNotFound")) => HubError::NotFound { endpoint, model, revision: None },
         (404, _) => HubError::NotFound { endpoint, model, revision: revision.map(str::to_owned) },
         (401, _) => HubError::Unauthorized { endpoint, model },
         (403, _) => HubError::Forbidden { endpoint, model },
-        (429, _) => HubError::RateLimited { endpoint, retry_after_s: refusal.retry_after_s },
-        (status @ 500..=599, _) => HubError::Unreachable { endpoint, reason: format!("it answers {status}") },
+        (429, _) => {
+            HubError::RateLimited { endpoint, retry_after_s: refusal.retry_after.map(|pause| pause.as_secs()) }
+        }
+        (status @ 500..=599, _) => {
+            HubError::Unreachable { endpoint, reason: format!("it answers {status}, several times in a row") }
+        }
         (status, _) => HubError::Hub { reason: format!("{endpoint} answers {status} for {model}") },
     }
-}
-
-/// An error of the client library, in terms of what the user can do.
-pub(super) fn from_hub(error: &HFError, model: &str, endpoint: &str) -> HubError {
-    let (context, status, retry_after_s) = match error {
-        HFError::AuthRequired { context } => (Some(context), 401, None),
-        HFError::Forbidden { context } => (Some(context), 403, None),
-        HFError::RepoNotFound { context, .. }
-        | HFError::EntryNotFound { context, .. }
-        | HFError::RevisionNotFound { context, .. } => (context.as_ref(), 404, None),
-        HFError::RateLimited { retry_after, context } => (Some(context), 429, retry_after.map(|delay| delay.as_secs())),
-        HFError::Http { context } => (Some(context), context.status.as_u16(), None),
-        HFError::Request { .. } => {
-            return HubError::Unreachable { endpoint: endpoint.to_owned(), reason: with_causes(error) };
-        }
-        _ => return HubError::Hub { reason: with_causes(error) },
-    };
-    let code = context.and_then(|context| context.error_code.as_deref());
-    refused(&Refusal { status, code, retry_after_s }, model, None, endpoint)
 }
 
 /// The error and what is behind it: "connection refused" is in the innermost one.
@@ -215,4 +315,25 @@ pub(super) fn with_causes(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_readable() {
+        let text = |bytes| Bytes(bytes).to_string();
+        assert_eq!([text(0), text(1_023), text(1_024), text(5 << 29)], ["0 bytes", "1023 bytes", "1.0 KiB", "2.5 GiB"]);
+    }
+
+    #[test]
+    fn a_full_disk_is_told_apart() {
+        let kinds = [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded, io::ErrorKind::FileTooLarge];
+        for kind in kinds {
+            let error = io_error("/cache/blob", kind.into());
+            assert!(matches!(error, HubError::DiskFull { .. }) && error.to_string().contains("full"), "{error}");
+        }
+        assert!(matches!(io_error("/x", io::ErrorKind::PermissionDenied.into()), HubError::Io { .. }));
+    }
 }

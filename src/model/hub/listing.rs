@@ -1,21 +1,13 @@
-//! What the hub has of a model, and what of it is kept beside the cached files.
-//!
-//! The folder of a model in the shared cache is `models--org--name`: `refs/<revision>` holds a commit,
-//! `snapshots/<commit>` links to `blobs`. Beside them, Helion keeps `.helion/<commit>.json`, the hub's file list.
+//! What the hub has of a model at one commit: its file list.
 
-use std::{
-    collections::BTreeSet,
-    fs::{self, File as FsFile},
-    io::{self, Write},
-    path::{Path, PathBuf},
-};
+use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
 use crate::model::fingerprint::from_hex;
 
 /// The version of the kept list; another one is fetched anew.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// The files of a model at one commit (those at the top; folders are never needed).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,12 +24,24 @@ pub(super) struct File {
     pub(super) size: Option<u64>,
     /// Absent for small files, which git holds itself.
     pub(super) sha256: Option<String>,
+    /// Git's own id of the content.
+    pub(super) git_id: Option<String>,
 }
 
 impl File {
     /// The SHA-256 of the content, where the hub says it.
     pub(super) fn sha256(&self) -> Option<[u8; 32]> {
         from_hex(self.sha256.as_deref()?)
+    }
+
+    /// The name of the content in the cache, the same as with Hugging Face's tools: its SHA-256, or git's id of a small
+    /// file. Where a hub tells neither, the name comes from commit and file.
+    pub(super) fn blob(&self, commit: &str) -> String {
+        let digits = |text: &&String| {
+            matches!(text.len(), 40 | 64) && text.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
+        };
+        let known = [&self.sha256, &self.git_id].into_iter().flatten().find(digits);
+        known.cloned().unwrap_or_else(|| blake3::hash(format!("{commit}/{}", self.name).as_bytes()).to_hex().to_string())
     }
 }
 
@@ -46,8 +50,20 @@ impl Listing {
         Self { format: FORMAT, files }
     }
 
+    /// A kept list; `None` where it is of another version or damaged.
+    pub(super) fn parse(json: &[u8]) -> Option<Self> {
+        let listing: Self = serde_json::from_slice(json).ok()?;
+        let sound = listing.format == FORMAT && listing.files.iter().all(|file| is_plain_name(&file.name));
+        sound.then_some(listing)
+    }
+
     pub(super) fn file(&self, name: &str) -> Option<&File> {
         self.files.iter().find(|file| file.name == name)
+    }
+
+    /// The names of all contents in the cache.
+    pub(super) fn blobs(&self, commit: &str) -> BTreeSet<String> {
+        self.files.iter().map(|file| file.blob(commit)).collect()
     }
 
     pub(super) fn names(&self) -> BTreeSet<String> {
@@ -55,54 +71,14 @@ impl Listing {
     }
 }
 
-/// A model's folder in the cache.
-pub(super) struct RepositoryCache {
-    dir: PathBuf,
+/// Whether the file of this name holds weights: these are what takes space.
+pub(super) fn is_weights(name: &str) -> bool {
+    [".safetensors", ".gguf"].iter().any(|ending| name.ends_with(ending))
 }
 
-impl RepositoryCache {
-    pub(super) fn new(cache: &Path, model: &str) -> Self {
-        Self { dir: cache.join(format!("models--{}", model.replace('/', "--"))) }
-    }
-
-    pub(super) fn snapshot(&self, commit: &str) -> PathBuf {
-        self.dir.join("snapshots").join(commit)
-    }
-
-    /// The commit that a revision was when it was last asked for.
-    pub(super) fn commit(&self, revision: &str) -> Option<String> {
-        if is_commit(revision) {
-            return self.snapshot(revision).is_dir().then(|| revision.to_owned());
-        }
-        let commit = fs::read_to_string(self.dir.join("refs").join(revision)).ok()?;
-        Some(commit.trim().to_owned()).filter(|commit| is_commit(commit))
-    }
-
-    pub(super) fn keep_commit(&self, revision: &str, commit: &str) -> io::Result<()> {
-        if is_commit(revision) || self.commit(revision).as_deref() == Some(commit) {
-            return Ok(());
-        }
-        replace(&self.dir.join("refs").join(revision), commit.as_bytes())
-    }
-
-    /// The kept list of a commit; `None` where it is absent, of another version or damaged.
-    pub(super) fn listing(&self, commit: &str) -> Option<Listing> {
-        let listing: Listing = serde_json::from_slice(&fs::read(self.listing_path(commit)).ok()?).ok()?;
-        (listing.format == FORMAT).then_some(listing)
-    }
-
-    pub(super) fn keep(&self, commit: &str, listing: &Listing) -> io::Result<()> {
-        replace(&self.listing_path(commit), &serde_json::to_vec_pretty(listing)?)
-    }
-
-    /// Helion's own folder in it.
-    pub(super) fn state_dir(&self) -> PathBuf {
-        self.dir.join(".helion")
-    }
-
-    fn listing_path(&self, commit: &str) -> PathBuf {
-        self.state_dir().join(format!("{commit}.json"))
-    }
+/// Whether the name is a file's at the top of a repository. Names come from the hub and become paths here.
+pub(super) fn is_plain_name(name: &str) -> bool {
+    !name.is_empty() && name.len() <= 255 && !name.starts_with('.') && !name.contains(['/', '\\', ':', '\0'])
 }
 
 /// Whether the text is a full commit id.
@@ -110,52 +86,32 @@ pub(super) fn is_commit(text: &str) -> bool {
     text.len() == 40 && text.bytes().all(|digit| digit.is_ascii_hexdigit())
 }
 
-/// Writes a file so that a reader sees the old or the new content and nothing between.
-fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
-    if let Some(dir) = path.parent() {
-        fs::create_dir_all(dir)?;
-    }
-    let mut draft = path.as_os_str().to_owned();
-    draft.push(format!(".{}.draft", std::process::id()));
-    let mut file = FsFile::create(&draft)?;
-    file.write_all(content)?;
-    file.sync_all()?;
-    fs::rename(&draft, path)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn file(sha256: Option<&str>, git_id: Option<&str>) -> File {
+        let text = |text: Option<&str>| text.map(str::to_owned);
+        File { name: "a".to_owned(), size: None, sha256: text(sha256), git_id: text(git_id) }
+    }
+
     #[test]
-    fn a_kept_list_comes_back_or_not_at_all() {
-        let dir = tempfile::tempdir().unwrap();
-        let cache = RepositoryCache::new(dir.path(), "org/name");
-        let commit = "0123456789abcdef0123456789abcdef01234567";
-        let file = File { name: "a".to_owned(), size: Some(3), sha256: Some("ab".repeat(32)) };
-        let listing = Listing { format: FORMAT, files: vec![file] };
-        assert_eq!(cache.listing(commit), None);
-        cache.keep(commit, &listing).unwrap();
-        assert_eq!(cache.listing(commit), Some(listing.clone()));
-        assert_eq!(listing.file("a").unwrap().sha256(), Some([0xab; 32]));
-        for bad in ["", "{", r#"{"format": 2, "files": []}"#] {
-            fs::write(cache.listing_path(commit), bad).unwrap();
-            assert_eq!(cache.listing(commit), None, "{bad}");
+    fn contents_are_named_by_their_hashes() {
+        let (sha256, git_id) = ("ab".repeat(32), "cd".repeat(20));
+        assert_eq!(file(Some(&sha256), Some(&git_id)).blob("c"), sha256);
+        assert_eq!(file(None, Some(&git_id)).blob("c"), git_id);
+        // Neither may become a path elsewhere.
+        for bad in ["", "../../x", "0", &"G".repeat(40)] {
+            let blob = file(None, Some(bad)).blob("c");
+            assert!(blob.len() == 64 && blob != file(None, Some(bad)).blob("d"), "{bad}: {blob}");
         }
     }
 
     #[test]
-    fn a_revision_is_what_it_was_last() {
-        let dir = tempfile::tempdir().unwrap();
-        let cache = RepositoryCache::new(dir.path(), "org/name");
-        let (first, second) = ("0".repeat(40), "1".repeat(40));
-        assert_eq!(cache.commit("main"), None);
-        for commit in [&first, &second] {
-            cache.keep_commit("refs/pr/1", commit).unwrap();
-            assert_eq!(cache.commit("refs/pr/1").as_ref(), Some(commit));
+    fn names_that_would_lead_elsewhere_are_no_names() {
+        assert!(is_plain_name("model.safetensors"));
+        for bad in ["", ".hidden", "..", "a/b", "a\\b", "C:x", "a\0b", &"x".repeat(256)] {
+            assert!(!is_plain_name(bad), "{bad:?}");
         }
-        assert_eq!(cache.commit(&first), None, "nothing of it is there");
-        fs::create_dir_all(cache.snapshot(&first)).unwrap();
-        assert_eq!(cache.commit(&first).as_ref(), Some(&first));
     }
 }
