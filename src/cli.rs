@@ -12,6 +12,7 @@ mod chat;
 mod demo;
 mod generate;
 mod identity;
+mod model;
 mod models;
 mod node;
 mod output;
@@ -62,6 +63,9 @@ enum Command {
     /// Use a swarm.
     #[command(subcommand)]
     Client(ClientCommand),
+    /// Look at models, and keep their files.
+    #[command(subcommand)]
+    Model(model::ModelCommand),
     /// Make or look at the key that a node is known by.
     #[command(subcommand)]
     Identity(identity::IdentityCommand),
@@ -86,6 +90,8 @@ impl Command {
     fn default_log(&self) -> &'static str {
         match self {
             Self::Node(_) => "helion=info,warn,libp2p_kad=error,yamux=error",
+            // Downloads take long, and tell how they get on.
+            Self::Model(_) => "helion=info,warn",
             _ => QUIET_LOG,
         }
     }
@@ -100,6 +106,7 @@ impl Command {
             Self::Client(ClientCommand::Score(args)) => score::run(args).await,
             Self::Client(ClientCommand::Models(args)) => models::run(args).await,
             Self::Client(ClientCommand::Status(args)) => status::run(args).await,
+            Self::Model(command) => model::run(command).await,
             Self::Identity(command) => identity::run(command),
         }
     }

@@ -7,6 +7,7 @@ pub mod family;
 pub mod fingerprint;
 pub mod generation;
 pub mod hub;
+pub mod inspect;
 pub mod source;
 pub mod spec;
 pub mod tokenizer;

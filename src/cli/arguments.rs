@@ -36,12 +36,19 @@ pub(super) struct HubArgs {
     /// A branch, tag or commit of the hub's repository [default: main].
     #[arg(long)]
     pub(super) revision: Option<String>,
-    /// An access token of the hub, for gated models [default: HF_TOKEN, or the stored login].
+    /// An access token of the hub, for gated models [default: HF_TOKEN, HUGGING_FACE_HUB_TOKEN, or the stored login].
     #[arg(long, hide_env_values = true)]
     pub(super) token: Option<String>,
     /// Where files of the hub are kept [default: HF_HUB_CACHE, or HF_HOME/hub].
     #[arg(long, value_name = "DIR")]
     pub(super) cache_dir: Option<PathBuf>,
+    /// Use what was downloaded before and never the hub. (Also HF_HUB_OFFLINE.)
+    #[arg(long)]
+    pub(super) offline: bool,
+    /// What downloaded weights may take on the disk, as 200GB or 50GiB; where more is needed, the least recently used that
+    /// nobody uses are removed [default: what the disk has, less what the system needs].
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(super) max_disk_space: Option<u64>,
 }
 
 impl HubArgs {
@@ -50,6 +57,8 @@ impl HubArgs {
             revision: self.revision.clone(),
             token: self.token.clone(),
             cache_dir: self.cache_dir.clone(),
+            offline: self.offline,
+            max_disk_space_bytes: self.max_disk_space,
             progress: Some(super::progress::of_files()),
             hash_cache: Some(config::home().join("hashes")),
             ..HubOptions::default()
@@ -148,6 +157,25 @@ pub(super) fn count() -> RangedU64ValueParser<usize> {
     RangedU64ValueParser::new().range(1..)
 }
 
+/// A number of bytes: `1500000`, `200GB` (powers of 1000), `50GiB` (powers of 1024). A fraction is fine where there is a unit.
+pub(super) fn size(text: &str) -> Result<u64, String> {
+    let wrong = || "a size is a number with a unit: 500MB, 1.5TB, 50GiB".to_owned();
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = (&text[..digits], text[digits..].trim().to_ascii_lowercase());
+    if matches!(unit.as_str(), "" | "b") {
+        return number.parse().map_err(|_| wrong());
+    }
+    let place = ["k", "m", "g", "t"].into_iter().position(|prefix| unit.starts_with(prefix)).ok_or_else(wrong)?;
+    let base: f64 = match &unit[1..] {
+        "" | "b" => 1_000.0,
+        "i" | "ib" => 1_024.0,
+        _ => return Err(wrong()),
+    };
+    let bytes = number.parse::<f64>().map_err(|_| wrong())? * base.powi(place as i32 + 1);
+    // So many are exact in an f64, and no disk is larger.
+    if bytes < 2f64.powi(53) { Ok(bytes as u64) } else { Err(wrong()) }
+}
+
 /// A half-open range of blocks, `START:END`.
 pub(super) fn block_range(text: &str) -> Result<Range<usize>, String> {
     let wrong = || "a range is START:END, half-open: 0:4 is blocks 0, 1, 2 and 3".to_owned();
@@ -185,6 +213,26 @@ mod tests {
         assert_eq!(block_range("0:4"), Ok(0..4));
         for wrong in ["4", "4:4", "5:2", ":3", "a:b", "-1:3", "0:4:8"] {
             assert!(block_range(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("1500", 1_500),
+            ("7b", 7),
+            ("200GB", 200_000_000_000),
+            ("200 gb", 200_000_000_000),
+            ("50GiB", 50 << 30),
+            ("1.5TiB", 3 << 39),
+            ("2k", 2_000),
+            ("2Ki", 2_048),
+        ] {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        for wrong in ["", "GB", "1.5", "-1GB", "1XB", "1GiBs", "1..2GB", "9999999TB", "1 é", "ß"] {
+            assert!(size(wrong).is_err(), "{wrong}");
         }
     }
 

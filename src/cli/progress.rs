@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::model::hub::{self, Stage, Transfer};
 
@@ -16,6 +16,8 @@ const LINE_EVERY: Duration = Duration::from_secs(5);
 pub(super) struct Progress {
     what: String,
     bar: ProgressBar,
+    /// Where the bar has its line, if it is one of several.
+    among: Option<MultiProgress>,
     on_terminal: bool,
     last_line: Mutex<Option<Instant>>,
 }
@@ -29,7 +31,12 @@ impl Progress {
             bar.set_style(style);
         }
         bar.set_message(what.clone());
-        Self { what, bar, on_terminal: console_is_attended(), last_line: Mutex::new(None) }
+        Self { what, bar, among: None, on_terminal: console_is_attended(), last_line: Mutex::new(None) }
+    }
+
+    /// One of several pieces of work that go on at the same time, each with a line of its own.
+    fn among(what: impl Into<String>, bars: &MultiProgress) -> Self {
+        Self { among: Some(bars.clone()), ..Self::new(what) }
     }
 
     /// The same in log lines only, for a process that shares its terminal with others.
@@ -41,7 +48,11 @@ impl Progress {
     pub(super) fn update(&self, done: u64, of: u64) {
         if self.on_terminal {
             if self.bar.is_hidden() {
-                self.bar.set_draw_target(ProgressDrawTarget::stderr());
+                match &self.among {
+                    // The bar shares its state with what is given back.
+                    Some(bars) => drop(bars.add(self.bar.clone())),
+                    None => self.bar.set_draw_target(ProgressDrawTarget::stderr()),
+                }
             }
             self.bar.set_length(of);
             self.bar.set_position(done);
@@ -66,6 +77,7 @@ pub(super) fn of_files() -> hub::Progress {
         progress: Progress,
     }
     let shown: Mutex<Vec<Shown>> = Mutex::default();
+    let bars = MultiProgress::new();
     Arc::new(move |transfer: &Transfer<'_>| {
         let mut shown = shown.lock().unwrap_or_else(PoisonError::into_inner);
         let index = shown.iter().position(|known| known.file == transfer.file).unwrap_or_else(|| {
@@ -73,7 +85,7 @@ pub(super) fn of_files() -> hub::Progress {
                 Stage::Downloading => "downloading",
                 Stage::Hashing => "hashing",
             };
-            let progress = Progress::new(format!("{what} {} (MiB)", transfer.file));
+            let progress = Progress::among(format!("{what} {} (MiB)", transfer.file), &bars);
             shown.push(Shown { file: transfer.file.to_owned(), since: Instant::now(), progress });
             shown.len() - 1
         });

@@ -43,11 +43,6 @@ use std::{
 
 use futures::{FutureExt, StreamExt, TryStreamExt};
 
-pub use self::{
-    cached::{CachedModel, CachedRevision, HubCache, Removed},
-    error::{Bytes, HubError, Room},
-    headers::StoredTensor,
-};
 use self::{
     access::Access,
     cache::RepositoryCache,
@@ -59,6 +54,11 @@ use self::{
     space::Need,
     usage::Claim,
     weights::{Layout, WeightMap},
+};
+pub use self::{
+    cached::{CachedModel, CachedRevision, HubCache, Removed},
+    error::{Bytes, HubError, Room},
+    headers::StoredTensor,
 };
 use super::fingerprint::{FileHashes, Fingerprint, FingerprintError, sha256_of_file};
 
@@ -296,6 +296,25 @@ impl ModelFiles {
             hashes.push((file, sha256));
         }
         Ok(Fingerprint::of(canonical_config, &hashes))
+    }
+
+    /// The fingerprint, where no weight file has to be read for it.
+    ///
+    /// # Errors
+    /// [`HubError`], where it isn't known which weight files there are.
+    pub async fn known_fingerprint(&self, canonical_config: &[u8]) -> Result<Option<Fingerprint>, HubError> {
+        let files = self.weight_map().await?.files_with(&|_| true);
+        let remembered = |file: &str| {
+            let state = self.options.hash_cache.as_ref()?;
+            FileHashes::at(state).known(&self.dir.join(file))
+        };
+        let hashes = files.into_iter().map(|file| {
+            let listed = self.listed(&file).and_then(listing::File::sha256);
+            let sha256 = listed.or_else(|| remembered(&file))?;
+            Some((file, sha256))
+        });
+        let hashes: Option<Vec<_>> = hashes.collect();
+        Ok(hashes.map(|hashes| Fingerprint::of(canonical_config, &hashes)))
     }
 
     async fn fetch_small_files(&self) -> Result<(), HubError> {

@@ -3,7 +3,11 @@
 //! A hub id is downloaded as far as it is needed: the configuration and the tokenizer at first, then the files that hold the
 //! wanted blocks, or the edges. A directory is used as it is.
 
-use std::{collections::HashSet, ops::Range, path::Path};
+use std::{
+    collections::HashSet,
+    ops::Range,
+    path::{Path, PathBuf},
+};
 
 use super::{
     checkpoint::{Checkpoint, CheckpointError, spellings},
@@ -22,6 +26,19 @@ pub enum SourceError {
     /// Its files make no sense.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+}
+
+/// A part of a model's weights. A file that holds some of it is fetched whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Part {
+    /// Every weight file.
+    All,
+    /// These blocks: what a node needs.
+    Blocks(Range<usize>),
+    /// The embedding, the final norm and the head: what a client needs.
+    Edges,
+    /// Both.
+    BlocksAndEdges(Range<usize>),
 }
 
 /// A model whose configuration is known. See the module's docs.
@@ -76,6 +93,11 @@ impl ModelSource {
         &self.dht_prefix
     }
 
+    /// Where its files are.
+    pub fn files(&self) -> &ModelFiles {
+        &self.files
+    }
+
     /// What it computes.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
@@ -89,12 +111,42 @@ impl ModelSource {
         Ok(self.files.fingerprint(&self.spec.canonical()).await?)
     }
 
+    /// The same, where no weight file has to be read for it: from the hub's file list, or from hashes that were taken
+    /// before.
+    ///
+    /// # Errors
+    /// Where it isn't known which weight files there are.
+    pub async fn known_fingerprint(&self) -> Result<Option<Fingerprint>, SourceError> {
+        Ok(self.files.known_fingerprint(&self.spec.canonical()).await?)
+    }
+
+    /// Fetches the weight files that hold a part of the model, and returns where they are.
+    ///
+    /// # Errors
+    /// Where one can't be had.
+    pub async fn fetch(&self, part: &Part) -> Result<Vec<PathBuf>, SourceError> {
+        let tensors: Vec<TensorSpec> = match part {
+            Part::All => return Ok(self.files.fetch_weights(&|_| true).await?),
+            Part::Blocks(blocks) => self.block_tensors(blocks).collect(),
+            Part::Edges => self.spec.edge_tensors(),
+            Part::BlocksAndEdges(blocks) => self.block_tensors(blocks).chain(self.spec.edge_tensors()).collect(),
+        };
+        // Checkpoints name tensors in several ways.
+        let names: HashSet<String> = tensors.iter().flat_map(|tensor| spellings(&tensor.name)).collect();
+        Ok(self.files.fetch_weights(&|name: &str| names.contains(name)).await?)
+    }
+
+    fn block_tensors(&self, blocks: &Range<usize>) -> impl Iterator<Item = TensorSpec> {
+        blocks.clone().flat_map(|block| self.spec.block_tensors(block))
+    }
+
     /// Opens the checkpoint with the files that hold these blocks.
     ///
     /// # Errors
     /// Where one can't be had.
     pub async fn fetch_blocks(&self, blocks: Range<usize>) -> Result<Checkpoint, SourceError> {
-        self.fetch(blocks.flat_map(|block| self.spec.block_tensors(block))).await
+        self.fetch(&Part::Blocks(blocks)).await?;
+        Ok(Checkpoint::open(self.files.dir())?)
     }
 
     /// Opens the checkpoint with the files that hold the edges.
@@ -102,13 +154,7 @@ impl ModelSource {
     /// # Errors
     /// Where one can't be had.
     pub async fn fetch_edges(&self) -> Result<Checkpoint, SourceError> {
-        self.fetch(self.spec.edge_tensors()).await
-    }
-
-    async fn fetch(&self, tensors: impl IntoIterator<Item = TensorSpec>) -> Result<Checkpoint, SourceError> {
-        // Checkpoints name tensors in several ways.
-        let names: HashSet<String> = tensors.into_iter().flat_map(|tensor| spellings(&tensor.name)).collect();
-        self.files.fetch_weights(&|name: &str| names.contains(name)).await?;
+        self.fetch(&Part::Edges).await?;
         Ok(Checkpoint::open(self.files.dir())?)
     }
 }

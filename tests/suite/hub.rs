@@ -1,181 +1,21 @@
 //! Checkpoints from the hub, against a server on the loopback that speaks the hub's API.
 
+mod commands;
+mod resume;
+mod room;
+mod server;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
 };
 
-use axum::{
-    Router,
-    body::Body,
-    extract::{Request, State},
-    http::{HeaderMap, Method, StatusCode},
-    response::{IntoResponse, Response},
+use helion::model::hub::{HubError, HubOptions, ModelFiles, Stage};
+
+use server::{
+    COMMIT, FakeHub, Inner, MODEL, TOKEN, blocks_1_and_2, content, expected_fingerprint, five_shards, names, shard,
 };
-use helion::model::{
-    fingerprint::Fingerprint,
-    hub::{HubError, HubOptions, ModelFiles, Stage},
-};
-use sha2::{Digest, Sha256};
-
-const MODEL: &str = "org/five-shards";
-const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
-const TOKEN: &str = "hf_right";
-
-/// What the server has, and how it behaves.
-#[derive(Clone)]
-struct HubState(Arc<Mutex<Inner>>);
-
-#[derive(Default)]
-struct Inner {
-    files: BTreeMap<String, Vec<u8>>,
-    requests: Vec<String>,
-    /// Status and error code of every answer about the model, and of every answer with a file.
-    refuse_info: Option<(u16, &'static str)>,
-    refuse_files: Option<(u16, &'static str)>,
-    /// Only with the right token.
-    gated: bool,
-    /// Serves this content in place of the right one.
-    damaged: Option<(String, Vec<u8>)>,
-}
-
-struct FakeHub {
-    state: HubState,
-    endpoint: String,
-    cache: tempfile::TempDir,
-}
-
-fn shard(index: usize) -> String {
-    format!("model-{index:05}-of-00005.safetensors")
-}
-
-/// A checkpoint of five shards, with one block in each.
-fn five_shards() -> BTreeMap<String, Vec<u8>> {
-    let mut files = BTreeMap::from([
-        ("config.json".to_owned(), b"{\"model_type\": \"llama\"}".to_vec()),
-        ("tokenizer.json".to_owned(), b"{}".to_vec()),
-        ("README.md".to_owned(), b"# not needed".to_vec()),
-        ("onnx/model.onnx".to_owned(), b"not needed either".to_vec()),
-    ]);
-    let mut weight_map = serde_json::Map::new();
-    for index in 1..=5 {
-        files.insert(shard(index), vec![index as u8; 10_000 + index]);
-        weight_map.insert(format!("model.layers.{}.mlp.weight", index - 1), shard(index).into());
-    }
-    let index = serde_json::json!({"metadata": {"total_size": 50_015}, "weight_map": weight_map});
-    files.insert("model.safetensors.index.json".to_owned(), index.to_string().into_bytes());
-    files
-}
-
-fn sha256(bytes: &[u8]) -> [u8; 32] {
-    Sha256::digest(bytes).into()
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-impl FakeHub {
-    async fn start(files: BTreeMap<String, Vec<u8>>) -> Self {
-        let state = HubState(Arc::new(Mutex::new(Inner { files, ..Inner::default() })));
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let endpoint = format!("http://{}", listener.local_addr().unwrap());
-        let app = Router::new().fallback(answer).with_state(state.clone());
-        tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
-        Self { state, endpoint, cache: tempfile::tempdir().unwrap() }
-    }
-
-    fn change(&self, change: impl FnOnce(&mut Inner)) {
-        change(&mut self.state.0.lock().unwrap());
-    }
-
-    /// What was asked for since the last call, without repeats.
-    fn requests(&self) -> BTreeSet<String> {
-        std::mem::take(&mut self.state.0.lock().unwrap().requests).into_iter().collect()
-    }
-
-    fn options(&self) -> HubOptions {
-        HubOptions {
-            endpoint: Some(self.endpoint.clone()),
-            cache_dir: Some(self.cache.path().to_owned()),
-            // Whatever the machine has stored must not get into the tests.
-            token: Some("hf_wrong".to_owned()),
-            hash_cache: Some(self.cache.path().join("file-hashes")),
-            ..HubOptions::default()
-        }
-    }
-
-    fn offline(&self) -> HubOptions {
-        // Port 9 is closed: if anything asked the network after all, it would fail.
-        HubOptions { offline: true, endpoint: Some("http://127.0.0.1:9".to_owned()), ..self.options() }
-    }
-
-    async fn resolve(&self) -> Result<ModelFiles, HubError> {
-        ModelFiles::resolve(MODEL, self.options()).await
-    }
-}
-
-async fn answer(State(HubState(state)): State<HubState>, request: Request) -> Response {
-    let mut state = state.lock().unwrap();
-    let path = request.uri().path().to_owned();
-    state.requests.push(format!("{} {path}", request.method()));
-    if let Some(revision) = path.strip_prefix(&format!("/api/models/{MODEL}/revision/")) {
-        if let Some(refusal) = state.refuse_info {
-            return refuse(refusal);
-        }
-        if ![COMMIT, "main", "refs%2Fpr%2F1"].contains(&revision) {
-            return refuse((404, "RevisionNotFound"));
-        }
-        assert_eq!(request.uri().query(), Some("blobs=true"));
-        let siblings = state.files.iter().map(|(name, content)| {
-            let lfs = serde_json::json!({"sha256": hex(&sha256(content)), "size": content.len(), "pointerSize": 134});
-            let lfs = if name.ends_with(".safetensors") { lfs } else { serde_json::Value::Null };
-            serde_json::json!({"rfilename": name, "size": content.len(), "blobId": "0", "lfs": lfs})
-        });
-        let siblings: Vec<_> = siblings.collect();
-        return axum::Json(serde_json::json!({"id": MODEL, "sha": COMMIT, "siblings": siblings})).into_response();
-    }
-    let Some(name) = path.strip_prefix(&format!("/{MODEL}/resolve/{COMMIT}/")) else {
-        return refuse((404, "RepoNotFound"));
-    };
-    let authorized = request.headers().get("authorization").is_some_and(|value| value == &format!("Bearer {TOKEN}"));
-    if state.gated && !authorized {
-        return refuse((401, "GatedRepo"));
-    }
-    if let Some(refusal) = state.refuse_files {
-        return refuse(refusal);
-    }
-    let Some(content) = state.files.get(name) else { return refuse((404, "EntryNotFound")) };
-    let mut headers = HeaderMap::new();
-    headers.insert("x-repo-commit", COMMIT.parse().unwrap());
-    headers.insert("etag", format!("\"{}\"", hex(&sha256(content))).parse().unwrap());
-    if request.method() == Method::HEAD {
-        headers.insert("x-linked-size", content.len().to_string().parse().unwrap());
-        return (headers, Body::empty()).into_response();
-    }
-    let damaged = state.damaged.as_ref().filter(|(damaged, _)| damaged == name).map(|(_, content)| content);
-    (headers, damaged.unwrap_or(content).clone()).into_response()
-}
-
-fn refuse((status, code): (u16, &'static str)) -> Response {
-    (StatusCode::from_u16(status).unwrap(), [("x-error-code", code)]).into_response()
-}
-
-fn names(paths: &[PathBuf]) -> Vec<String> {
-    paths.iter().map(|path| path.file_name().unwrap().to_str().unwrap().to_owned()).collect()
-}
-
-/// The tensors of blocks 1 and 2, which are in the second and third shard.
-fn blocks_1_and_2(tensor: &str) -> bool {
-    tensor.starts_with("model.layers.1.") || tensor.starts_with("model.layers.2.")
-}
-
-fn expected_fingerprint() -> Fingerprint {
-    let weights = five_shards().into_iter().filter(|(name, _)| name.ends_with(".safetensors"));
-    let weights: Vec<_> = weights.map(|(name, content)| (name, sha256(&content))).collect();
-    Fingerprint::of(b"canonical", &weights)
-}
 
 #[tokio::test]
 async fn only_the_shards_that_are_needed_are_downloaded() {
@@ -195,33 +35,31 @@ async fn only_the_shards_that_are_needed_are_downloaded() {
 
     // The fingerprint is known before any shard is there.
     assert_eq!(files.fingerprint(b"canonical").await.unwrap(), expected_fingerprint());
-    assert!(!hub.requests().iter().any(|request| request.contains("safetensors") && !request.contains("index")));
+    assert!(!hub.paths().iter().any(|path| path.ends_with(".safetensors")));
 
     let paths = files.fetch_weights(&blocks_1_and_2).await.unwrap();
     assert_eq!(names(&paths), [shard(2), shard(3)]);
-    assert_eq!(std::fs::read(&paths[0]).unwrap(), vec![2; 10_002]);
-    let shards: BTreeSet<String> = [2, 3]
-        .iter()
-        .flat_map(|index| ["HEAD", "GET"].map(|method| format!("{method} /{MODEL}/resolve/{COMMIT}/{}", shard(*index))))
-        .collect();
-    assert_eq!(hub.requests(), shards, "these and nothing else");
-    assert_eq!(seen.lock().unwrap()[&shard(3)], (10_003, 10_003));
+    assert_eq!(std::fs::read(&paths[0]).unwrap(), content(2));
+    let shards = [2, 3].map(|index| format!("/{MODEL}/resolve/{COMMIT}/{}", shard(index)));
+    assert_eq!(hub.paths(), shards.into(), "these and nothing else");
+    let bytes = content(3).len() as u64;
+    assert_eq!(seen.lock().unwrap()[&shard(3)], (bytes, bytes));
 }
 
 #[tokio::test]
 async fn the_second_start_needs_no_network() {
     let hub = FakeHub::start(five_shards()).await;
     hub.resolve().await.unwrap().fetch_weights(&blocks_1_and_2).await.unwrap();
-    hub.requests();
+    hub.paths();
 
     // Online, one question tells whether the branch has moved.
     hub.resolve().await.unwrap().fetch_weights(&blocks_1_and_2).await.unwrap();
-    assert_eq!(hub.requests(), [format!("GET /api/models/{MODEL}/revision/main")].into());
+    assert_eq!(hub.paths(), [format!("/api/models/{MODEL}/revision/main")].into());
 
     // A commit can't move.
     let pinned = HubOptions { revision: Some(COMMIT.to_owned()), ..hub.options() };
     ModelFiles::resolve(MODEL, pinned).await.unwrap().fetch_weights(&blocks_1_and_2).await.unwrap();
-    assert_eq!(hub.requests(), BTreeSet::new());
+    assert_eq!(hub.paths(), BTreeSet::new());
 
     // Offline, and where the hub can't be reached.
     let unreachable = HubOptions { offline: false, ..hub.offline() };
@@ -233,7 +71,7 @@ async fn the_second_start_needs_no_network() {
         let missing = [1, 4, 5].map(shard).join(", ");
         assert!(error.contains(&missing) && error.contains(MODEL) && error.contains("network"), "{error}");
     }
-    assert_eq!(hub.requests(), BTreeSet::new());
+    assert_eq!(hub.paths(), BTreeSet::new());
 }
 
 #[tokio::test]
@@ -301,8 +139,8 @@ async fn refusals_say_what_to_do() {
     refused(|hub| hub.refuse_info = Some((401, "RepoNotFound")), same, &["no model org/five-shards", "private"]).await;
     refused(|hub| hub.refuse_info = Some((401, "")), same, &["gated or private", "hf auth login"]).await;
     refused(|hub| hub.refuse_info = Some((403, "")), same, &["no access", "org/five-shards"]).await;
-    refused(|hub| hub.refuse_info = Some((429, "")), same, &["rate"]).await;
     refused(|hub| hub.refuse_info = Some((503, "")), same, &["cannot reach", "503"]).await;
+    refused(|hub| hub.refuse_info = Some((500, "")), same, &["cannot reach", "500"]).await;
     // What a gated model does: everybody may read about it, and nobody may have it without asking.
     refused(|hub| hub.gated = true, same, &["ask for access", "/org/five-shards", "HF_TOKEN"]).await;
     refused(|hub| hub.refuse_files = Some((403, "GatedRepo")), same, &["no access", "granted"]).await;
@@ -331,7 +169,8 @@ async fn a_branch_with_a_slash_is_one_branch() {
 
 #[tokio::test]
 async fn damaged_downloads_are_noticed_and_removed() {
-    for content in [vec![2; 9_000], vec![7; 10_002]] {
+    let length = content(2).len();
+    for content in [vec![2; 9_000], vec![7; length], vec![7; length + 1]] {
         let hub = FakeHub::start(five_shards()).await;
         let files = hub.resolve().await.unwrap();
         hub.change(|hub| hub.damaged = Some((shard(2), content)));
@@ -348,10 +187,10 @@ async fn damage_in_the_cache_is_repaired() {
     let hub = FakeHub::start(five_shards()).await;
     let files = hub.resolve().await.unwrap();
     let path = files.fetch_weights(&blocks_1_and_2).await.unwrap().remove(0);
-    std::fs::write(std::fs::canonicalize(&path).unwrap(), vec![9; 10_002]).unwrap();
+    std::fs::write(std::fs::canonicalize(&path).unwrap(), vec![9; content(2).len()]).unwrap();
     let offline = ModelFiles::resolve(MODEL, hub.options()).await.unwrap();
     offline.fetch_weights(&blocks_1_and_2).await.unwrap();
-    assert_eq!(std::fs::read(&path).unwrap(), vec![2; 10_002]);
+    assert_eq!(std::fs::read(&path).unwrap(), content(2));
 }
 
 #[tokio::test]
@@ -359,9 +198,11 @@ async fn several_at_once_download_once() {
     let hub = FakeHub::start(five_shards()).await;
     let starts = (0..3).map(|_| async { hub.resolve().await.unwrap().fetch_weights(&|_| true).await.unwrap().len() });
     assert_eq!(futures::future::join_all(starts).await, [5, 5, 5]);
-    let requests = &hub.state.0.lock().unwrap().requests;
-    let downloads = requests.iter().filter(|request| request.starts_with("GET /org") && request.contains("of-00005"));
-    assert_eq!(downloads.count(), 5, "{requests:?}");
+    for index in 1..=5 {
+        let ending = shard(index);
+        let asked = hub.change(|hub| hub.asked.iter().filter(|asked| asked.path.ends_with(&ending)).count());
+        assert_eq!(asked, 1, "{ending}");
+    }
 }
 
 /// What resolving and fetching everything of a model of these files fails with.

@@ -80,6 +80,12 @@ impl Processes {
             if let Some(directory) = &swarm.model.hub.cache_dir {
                 args.extend(["--cache-dir".into(), directory.display().to_string()]);
             }
+            if swarm.model.hub.offline {
+                args.push("--offline".into());
+            }
+            if let Some(bytes) = swarm.model.hub.max_disk_space {
+                args.extend(["--max-disk-space".into(), bytes.to_string()]);
+            }
             self.start(&format!("node {}", index + 1), &args, swarm.model.hub.token.as_deref())?;
         }
         for started in &mut self.children[first..] {

@@ -62,8 +62,7 @@ impl FileHashes {
     pub fn sha256(&self, file: &Path, progress: &mut dyn FnMut(u64)) -> Result<[u8; 32], FingerprintError> {
         let unreadable = |source| FingerprintError::Unreadable { path: file.to_owned(), source };
         let before = State::of(file).map_err(unreadable)?;
-        let known = before.as_ref().and_then(|state| self.read().into_iter().find(|entry| entry.state == *state));
-        if let Some(sha256) = known.and_then(|entry| from_hex(&entry.sha256)) {
+        if let Some(sha256) = before.as_ref().and_then(|state| self.known_as(state)) {
             return Ok(sha256);
         }
         let sha256 = sha256_of_file(file, progress)?;
@@ -76,6 +75,15 @@ impl FileHashes {
             tracing::warn!(state = %self.path.display(), %error, "cannot remember a file's hash: it will be taken again");
         }
         Ok(sha256)
+    }
+
+    /// The SHA-256 of a file, where it is remembered.
+    pub fn known(&self, file: &Path) -> Option<[u8; 32]> {
+        self.known_as(&State::of(file).ok()??)
+    }
+
+    fn known_as(&self, state: &State) -> Option<[u8; 32]> {
+        from_hex(&self.read().into_iter().find(|entry| entry.state == *state)?.sha256)
     }
 
     /// Remembers a file's SHA-256 that was taken while it was written. That it can't be written down is only logged.
@@ -221,7 +229,9 @@ mod tests {
     fn a_hash_that_is_known_need_not_be_taken() {
         let fixture = Fixture::new();
         let path = fixture.write("a", "abc");
+        assert_eq!(fixture.hashes.known(&path), None);
         fixture.hashes.keep(&path, [7; 32]);
+        assert_eq!(fixture.hashes.known(&path), Some([7; 32]));
         assert_eq!(fixture.hash(&path), ([7; 32], 0));
         fixture.hashes.keep(&path.join("none"), [7; 32]);
     }

@@ -123,8 +123,9 @@ impl Access {
                 Err(failure) => self.pause(&ask, &failure, &mut retry).await?,
             }
         };
-        let strange =
-            |reason: String| HubError::Hub { reason: format!("{} describes {model} strangely: {reason}", self.endpoint) };
+        let strange = |reason: String| HubError::Hub {
+            reason: format!("{} describes {model} strangely: {reason}", self.endpoint),
+        };
         let info: Info = serde_json::from_slice(&answer).map_err(|error| strange(error.to_string()))?;
         if !listing::is_commit(&info.sha) {
             return Err(strange(format!("{:?} is no commit", info.sha)));

@@ -237,8 +237,7 @@ mod tests {
     fn a_kept_list_comes_back_or_not_at_all() {
         let dir = tempfile::tempdir().unwrap();
         let cache = RepositoryCache::new(dir.path(), "org/name");
-        let file =
-            listing::File { name: "a".to_owned(), size: Some(3), sha256: Some("ab".repeat(32)), git_id: None };
+        let file = listing::File { name: "a".to_owned(), size: Some(3), sha256: Some("ab".repeat(32)), git_id: None };
         let kept = Listing::new(vec![file]);
         assert_eq!(cache.listing(COMMIT), None);
         cache.keep(COMMIT, &kept).unwrap();

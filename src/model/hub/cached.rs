@@ -273,7 +273,8 @@ impl Removing<'_> {
 
     /// The name that users know a content by, where it has one.
     fn name(&self, blob: &str) -> String {
-        let mut files = self.commits.iter().flat_map(|commit| children(&self.cache.snapshot(commit)).unwrap_or_default());
+        let mut files =
+            self.commits.iter().flat_map(|commit| children(&self.cache.snapshot(commit)).unwrap_or_default());
         let file = files.find(|file| content_of(file).as_deref() == Some(blob));
         let name = file.and_then(|file| Some(file.file_name()?.to_str()?.to_owned()));
         name.unwrap_or_else(|| blob.to_owned())

@@ -66,7 +66,10 @@ impl Download<'_> {
                 }
                 Ok(())
             });
-            finishing.await.unwrap_or_else(|died| Err(io::Error::other(died))).map_err(|source| io_error(&path, source))?;
+            finishing
+                .await
+                .unwrap_or_else(|died| Err(io::Error::other(died)))
+                .map_err(|source| io_error(&path, source))?;
             Outcome::Downloaded
         };
         let linked = self.cache.link(self.commit, &self.file.name, &blob);
@@ -171,7 +174,9 @@ impl Download<'_> {
                 if self.file.size.is_some_and(|size| length > size) {
                     let path = partial.path().to_owned();
                     partial.discard().map_err(|source| io_error(path, source))?;
-                    return Err(self.damaged(format!("the server sends more than the {} bytes it has", self.total_bytes())));
+                    return Err(
+                        self.damaged(format!("the server sends more than the {} bytes it has", self.total_bytes()))
+                    );
                 }
             }
             let goes_on = matches!(piece, Ok(Some(_)));

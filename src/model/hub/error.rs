@@ -293,9 +293,7 @@ pub(super) fn refused(refusal: &Refusal, model: &str, revision: Option<&str>, en
         (404, _) => HubError::NotFound { endpoint, model, revision: revision.map(str::to_owned) },
         (401, _) => HubError::Unauthorized { endpoint, model },
         (403, _) => HubError::Forbidden { endpoint, model },
-        (429, _) => {
-            HubError::RateLimited { endpoint, retry_after_s: refusal.retry_after.map(|pause| pause.as_secs()) }
-        }
+        (429, _) => HubError::RateLimited { endpoint, retry_after_s: refusal.retry_after.map(|pause| pause.as_secs()) },
         (status @ 500..=599, _) => {
             HubError::Unreachable { endpoint, reason: format!("it answers {status}, several times in a row") }
         }

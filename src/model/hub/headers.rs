@@ -78,7 +78,8 @@ pub(super) struct Remote<'a> {
 impl Remote<'_> {
     /// The JSON of the file's header.
     pub(super) async fn header(&self) -> Result<Vec<u8>, HubError> {
-        let wrong = |reason: String| HubError::Header { file: self.file.to_owned(), model: self.model.to_owned(), reason };
+        let wrong =
+            |reason: String| HubError::Header { file: self.file.to_owned(), model: self.model.to_owned(), reason };
         let mut bytes = self.read(0, FIRST_BYTES).await?;
         let length = header_length(&bytes).map_err(wrong)?;
         let (have, end) = (bytes.len() as u64, LENGTH_BYTES + length);
@@ -104,12 +105,7 @@ impl Remote<'_> {
         }
     }
 
-    async fn attempt(
-        &self,
-        ask: &Ask<'_>,
-        to: u64,
-        retry: &mut Retry,
-    ) -> Result<Result<Vec<u8>, Failure>, HubError> {
+    async fn attempt(&self, ask: &Ask<'_>, to: u64, retry: &mut Retry) -> Result<Result<Vec<u8>, Failure>, HubError> {
         let mut response = self.access.get(ask, retry).await?;
         if response.status() == StatusCode::RANGE_NOT_SATISFIABLE {
             return Ok(Ok(Vec::new()));

@@ -41,7 +41,9 @@ impl File {
             matches!(text.len(), 40 | 64) && text.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
         };
         let known = [&self.sha256, &self.git_id].into_iter().flatten().find(digits);
-        known.cloned().unwrap_or_else(|| blake3::hash(format!("{commit}/{}", self.name).as_bytes()).to_hex().to_string())
+        known
+            .cloned()
+            .unwrap_or_else(|| blake3::hash(format!("{commit}/{}", self.name).as_bytes()).to_hex().to_string())
     }
 }
 

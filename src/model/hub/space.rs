@@ -50,9 +50,9 @@ struct Budget {
 impl Budget {
     /// The tighter of the two bounds; `None` where there is none.
     fn room(&self) -> Option<Room> {
-        let disk = self.disk.map(|(free, total)| {
-            Room::Disk(free.saturating_sub(KEPT_FREE_BYTES.min(total / KEPT_FREE_SHARE)))
-        });
+        let disk = self
+            .disk
+            .map(|(free, total)| Room::Disk(free.saturating_sub(KEPT_FREE_BYTES.min(total / KEPT_FREE_SHARE))));
         let limit = self.limit.map(|limit| Room::Limit(limit.saturating_sub(self.held)));
         disk.into_iter().chain(limit).min_by_key(|room| room.bytes())
     }
@@ -88,7 +88,8 @@ pub(super) fn make_room(need: &Need) -> Result<(), HubError> {
     }
     let locks = need.cache_dir.join(".locks");
     let path = locks.join(LOCK);
-    let lock = fs::create_dir_all(&locks).and_then(|()| File::create(&path)).and_then(|lock| lock.lock().map(|()| lock));
+    let lock =
+        fs::create_dir_all(&locks).and_then(|()| File::create(&path)).and_then(|lock| lock.lock().map(|()| lock));
     let _lock = lock.map_err(|source| io_error(&path, source))?;
     let mut held = held(&need.cache_dir)?;
     let budget = Budget {

@@ -120,10 +120,7 @@ fn open(path: &Path) -> io::Result<File> {
 }
 
 /// Waits for a lock.
-pub(super) async fn lock(
-    path: &Path,
-    attempt: impl Fn() -> Result<(), TryLockError>,
-) -> Result<(), HubError> {
+pub(super) async fn lock(path: &Path, attempt: impl Fn() -> Result<(), TryLockError>) -> Result<(), HubError> {
     loop {
         match attempt() {
             Ok(()) => return Ok(()),
