@@ -84,8 +84,7 @@ pub(super) fn shard(index: usize) -> String {
 
 /// A safetensors file of one tensor of bytes.
 pub(super) fn weights(tensor: &str, bytes: usize, value: u8) -> Vec<u8> {
-    let header =
-        serde_json::json!({tensor: {"dtype": "U8", "shape": [bytes], "data_offsets": [0, bytes]}}).to_string();
+    let header = serde_json::json!({tensor: {"dtype": "U8", "shape": [bytes], "data_offsets": [0, bytes]}}).to_string();
     [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &vec![value; bytes]].concat()
 }
 
