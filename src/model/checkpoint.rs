@@ -10,6 +10,7 @@
 
 mod error;
 mod matrix;
+mod packed;
 mod shard;
 
 use std::{
@@ -150,8 +151,11 @@ impl Checkpoint {
     /// Reads a layer's matrix, `[outputs, inputs]`, in the format that it is stored in.
     ///
     /// # Errors
-    /// Those of [`Checkpoint::read_rows`].
+    /// Those of [`Checkpoint::read_rows`]; and of a packed layer, a tensor that it lacks or that contradicts the others.
     pub fn matrix(&self, linear: &LinearSpec) -> Result<StoredMatrix, CheckpointError> {
+        if let Some(matrix) = packed::read(self, linear)? {
+            return Ok(matrix);
+        }
         let shape = [linear.stored_rows(), linear.inputs];
         let data = match &linear.rows {
             Some(rows) => self.read_rows(&linear.weight, &shape, rows.runs(linear.outputs)),

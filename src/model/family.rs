@@ -4,6 +4,7 @@
 //! in Hugging Face transformers reads, with the same defaults. Both spellings are understood: the older one with
 //! `rope_theta`, `rope_scaling` and `torch_dtype`, and the newer one with `rope_parameters` and `dtype`. An option that
 //! would change the arithmetic and isn't supported is an error that names the field and its value; it is never ignored.
+//! How the layers are packed is read for all families in one place, but for gpt-oss, whose experts have a format of their own.
 
 mod bloom;
 mod config;
@@ -16,6 +17,7 @@ mod mistral;
 mod mixtral;
 mod phi;
 mod phi3;
+mod quantization;
 mod qwen2;
 mod qwen3;
 mod qwen3_moe;
@@ -49,7 +51,7 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "gemma3_text", reads: GEMMA, spec: gemma3::spec },
     Family {
         model_type: "gpt_oss",
-        reads: &["num_local_experts", "num_experts", "quantization_config"],
+        reads: &["num_local_experts", "num_experts", quantization::FIELD],
         spec: gpt_oss::spec,
     },
     Family { model_type: "falcon", reads: &["alibi"], spec: falcon::spec },
@@ -72,7 +74,11 @@ pub fn read_config(text: &str) -> Result<ModelSpec, ConfigError> {
         return Err(ConfigError::UnknownFamily { model_type, supported: supported().collect::<Vec<_>>().join(", ") });
     };
     config.refuse_unsupported(family.reads)?;
-    (family.spec)(&config)
+    let mut spec = (family.spec)(&config)?;
+    if !family.reads.contains(&quantization::FIELD) {
+        spec.packing = quantization::read(&config)?;
+    }
+    Ok(spec)
 }
 
 #[cfg(test)]

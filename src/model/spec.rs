@@ -14,11 +14,14 @@
 //! Optional fields are left out of [`ModelSpec::canonical`] while they are `None`, so that a new one doesn't change the
 //! fingerprint of the models that don't use it.
 
+mod packing;
 mod tensors;
 
 use serde::Serialize;
 
 use super::Dtype;
+pub(crate) use packing::{AWQ_PER_WORD, WORD_BITS};
+pub use packing::{Packing, PackingSpec};
 pub(crate) use tensors::expert_name;
 use tensors::without_repetitions;
 pub use tensors::{MXFP4_GROUP, TensorSpec, Values};
@@ -42,6 +45,9 @@ pub struct ModelSpec {
     pub blocks: Vec<BlockSpec>,
     /// What is in front of the first block and behind the last.
     pub edges: EdgesSpec,
+    /// How the checkpoint's layers are packed; floating point numbers if `None`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub packing: Option<PackingSpec>,
 }
 
 /// One transformer block.
@@ -447,7 +453,7 @@ impl ModelSpec {
 
     /// The tensors of block `index`, or none if there is no such block.
     pub fn block_tensors(&self, index: usize) -> Vec<TensorSpec> {
-        self.blocks.get(index).map(|block| block.tensors(self.hidden_size)).unwrap_or_default()
+        self.blocks.get(index).map(|block| block.tensors(self.hidden_size, self.packing.as_ref())).unwrap_or_default()
     }
 
     /// The length above which the positions of all tokens change, where there is one (longrope): a sequence that grows past it
@@ -459,11 +465,13 @@ impl ModelSpec {
         })
     }
 
-    /// Bytes of the largest block: its weights in `dtype` and its part of a KV cache of `cache_tokens` tokens.
+    /// Bytes of the largest block: its weights, packed or in `dtype`, and its part of a KV cache of `cache_tokens` tokens.
     pub fn largest_block_bytes(&self, dtype: Dtype, cache_tokens: usize) -> u64 {
         let size = |tensor: &TensorSpec| match tensor.values {
             Values::Floats => tensor.elements() * dtype.size_in_bytes(),
             Values::Bytes => tensor.elements(),
+            Values::Packed { bytes } => tensor.elements() * bytes,
+            Values::Otherwise => 0,
         };
         let bytes = |(index, block): (usize, &BlockSpec)| {
             let weights: usize = self.block_tensors(index).iter().map(size).sum();
@@ -480,7 +488,7 @@ impl ModelSpec {
             norm.push_tensors(self.hidden_size, &mut tensors);
         }
         if let HeadSpec::Separate(head) = &self.edges.head {
-            head.push_tensors(&mut tensors);
+            head.push_tensors(self.packing.as_ref(), &mut tensors);
         }
         without_repetitions(tensors)
     }

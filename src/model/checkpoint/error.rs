@@ -84,6 +84,25 @@ pub enum CheckpointError {
         /// The file or index that should have it.
         searched: PathBuf,
     },
+    /// A packed layer lacks one of its tensors.
+    #[error(
+        "layer {layer:?} has neither floating point numbers in \"{layer}.weight\" nor the tensor \"{layer}.{suffix}\" of its \
+         packed ones: config.json and the weight files don't belong together, or the checkpoint is not complete"
+    )]
+    MissingPart {
+        /// What the names of its tensors begin with.
+        layer: String,
+        /// What is missing.
+        suffix: String,
+    },
+    /// A packed layer's tensors contradict each other or the configuration.
+    #[error("layer {layer:?} can't be unpacked: {reason}")]
+    BadPacking {
+        /// What the names of its tensors begin with.
+        layer: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// The tensor isn't stored as it should be.
     #[error("tensor {name:?} in {} is stored as {dtype}: {wanted}", path.display())]
     WrongDtype {

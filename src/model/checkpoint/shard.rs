@@ -94,13 +94,26 @@ impl Shard {
             StoredDtype::F32 => Dtype::F32,
             StoredDtype::BF16 => Dtype::Bf16,
             StoredDtype::F16 => Dtype::F16,
-            _ => return Err(self.wrong_dtype(name, info, "weights must be F32, BF16 or F16")),
+            other => return Err(self.wrong_dtype(name, other, "weights must be F32, BF16 or F16")),
         };
+        let mut total = 0;
+        let bytes = self.rows_of(name, info, rows.inspect(|rows| total += rows.len()))?;
+        let shape = expected.iter().enumerate().map(|(index, size)| if index == 0 { total } else { *size }).collect();
+        Ok(TensorData { dtype, shape, bytes })
+    }
+
+    /// The bytes of some entries of a tensor's first dimension, whatever it is made of.
+    pub(super) fn rows_of(
+        &self,
+        name: &str,
+        info: &TensorInfo,
+        rows: impl Iterator<Item = Range<usize>>,
+    ) -> Result<Vec<u8>, CheckpointError> {
         // `open` has checked that the range lies in the file and is as long as shape and dtype say.
         let (start, end) = info.data_offsets;
-        let count = expected.first().copied().unwrap_or(1);
+        let count = info.shape.first().copied().unwrap_or(1);
         let row_bytes = (end - start).checked_div(count).unwrap_or(0);
-        let (mut bytes, mut total) = (Vec::new(), 0);
+        let mut bytes = Vec::new();
         for rows in rows {
             if rows.start > rows.end || rows.end > count {
                 return Err(CheckpointError::NoSuchRows {
@@ -114,16 +127,20 @@ impl Shard {
             let filled = bytes.len();
             bytes.resize(filled + length, 0);
             self.read_at(&mut bytes[filled..], start + at)?;
-            total += rows.len();
         }
-        let shape = expected.iter().enumerate().map(|(index, size)| if index == 0 { total } else { *size }).collect();
-        Ok(TensorData { dtype, shape, bytes })
+        Ok(bytes)
+    }
+
+    /// What a tensor is made of, and its shape.
+    pub(super) fn stored(&self, name: &str) -> Result<(StoredDtype, Vec<usize>), CheckpointError> {
+        let info = self.header.info(name).ok_or_else(|| self.missing(name))?;
+        Ok((info.dtype, info.shape.clone()))
     }
 
     pub(super) fn read_bytes(&self, name: &str, expected: &[usize]) -> Result<Vec<u8>, CheckpointError> {
         let info = self.find(name, expected)?;
         if info.dtype != StoredDtype::U8 {
-            return Err(self.wrong_dtype(name, info, "packed weights must be U8"));
+            return Err(self.wrong_dtype(name, info.dtype, "packed weights must be U8"));
         }
         let (start, end) = info.data_offsets;
         let mut bytes = vec![0; end - start];
@@ -132,9 +149,8 @@ impl Shard {
     }
 
     /// The tensor, if it is there and has the shape.
-    fn find(&self, name: &str, expected: &[usize]) -> Result<&TensorInfo, CheckpointError> {
-        let missing = || CheckpointError::MissingTensor { name: name.to_owned(), searched: self.path.clone() };
-        let info = self.header.info(name).ok_or_else(missing)?;
+    pub(super) fn find(&self, name: &str, expected: &[usize]) -> Result<&TensorInfo, CheckpointError> {
+        let info = self.header.info(name).ok_or_else(|| self.missing(name))?;
         if info.shape != expected {
             return Err(CheckpointError::WrongShape {
                 name: name.to_owned(),
@@ -146,8 +162,12 @@ impl Shard {
         Ok(info)
     }
 
-    fn wrong_dtype(&self, name: &str, info: &TensorInfo, wanted: &'static str) -> CheckpointError {
-        let dtype = format!("{:?}", info.dtype);
+    fn missing(&self, name: &str) -> CheckpointError {
+        CheckpointError::MissingTensor { name: name.to_owned(), searched: self.path.clone() }
+    }
+
+    pub(super) fn wrong_dtype(&self, name: &str, dtype: StoredDtype, wanted: &'static str) -> CheckpointError {
+        let dtype = format!("{dtype:?}");
         CheckpointError::WrongDtype { name: name.to_owned(), path: self.path.clone(), dtype, wanted }
     }
 

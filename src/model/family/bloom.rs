@@ -81,6 +81,7 @@ pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
             embedding_norm: Some(norm("transformer.word_embeddings_layernorm")),
             logit_soft_cap: None,
         },
+        packing: None,
     })
 }
 

@@ -79,6 +79,11 @@ impl Config {
         Self { fields: fields.map(|(field, value)| (field.clone(), value.clone())).collect(), path: self.path.clone() }
     }
 
+    /// The names of the fields that are not null.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.fields.iter().filter(|(_, value)| !value.is_null()).map(|(name, _)| name.as_str())
+    }
+
     /// Whether the field is there and not null.
     pub(super) fn has(&self, field: &str) -> bool {
         self.value(field).is_some()
@@ -185,13 +190,6 @@ impl Config {
     /// Refuses options that change the arithmetic and that the family hasn't got: those that some model type reads, but
     /// for the ones that this one `reads`.
     pub(super) fn refuse_unsupported(&self, reads: &[&str]) -> Result<(), ConfigError> {
-        if !reads.contains(&"quantization_config") {
-            self.refuse_unless(
-                "quantization_config",
-                &Value::Null,
-                "only unquantized checkpoints can be loaded; use the model's f32, bf16 or f16 weights",
-            )?;
-        }
         // The value beside each name is the one that changes nothing.
         let neutral = [
             ("partial_rotary_factor", json!(1.0)),
@@ -210,6 +208,7 @@ impl Config {
             ("logits_scaling", json!(1.0)),
             ("logit_scale", json!(1.0)),
             ("attention_chunk_size", Value::Null),
+            ("compression_config", Value::Null),
             ("no_rope_layers", json!([])),
             ("num_local_experts", json!(0)),
             ("num_experts", json!(0)),

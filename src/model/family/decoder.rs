@@ -169,6 +169,7 @@ pub(super) fn spec(config: &Config, switches: &Switches) -> Result<ModelSpec, Co
             embedding_norm: None,
             logit_soft_cap: None,
         },
+        packing: None,
     })
 }
 

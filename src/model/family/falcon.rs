@@ -96,6 +96,7 @@ pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
             embedding_norm: None,
             logit_soft_cap: None,
         },
+        packing: None,
     })
 }
 

@@ -16,7 +16,7 @@ use crate::model::spec::{ModelSpec, NormKind, NormSpec, RopeSpec};
 /// The language model of a multimodal configuration.
 pub(super) fn multimodal(config: &Config) -> Result<ModelSpec, ConfigError> {
     let text = config.part("text_config")?.ok_or_else(|| config.missing("text_config"))?;
-    let inherited = config.only(&["dtype", "torch_dtype", "quantization_config"]);
+    let inherited = config.only(&["dtype", "torch_dtype"]);
     // What the whole model says about the head counts, and not what its part says.
     let tied = json!({ "tie_word_embeddings": config.optional("tie_word_embeddings")?.unwrap_or(true) });
     let text = text.with_defaults(&inherited).without(&["tie_word_embeddings"]).with_defaults(&tied);

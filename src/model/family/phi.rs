@@ -78,5 +78,6 @@ pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
             embedding_norm: None,
             logit_soft_cap: None,
         },
+        packing: None,
     })
 }

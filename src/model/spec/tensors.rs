@@ -2,7 +2,9 @@
 
 use std::{collections::HashSet, ops::Range};
 
-use super::{BlockSpec, ExpertTensors, ExpertsSpec, FfnSpec, LinearSpec, NormSpec, RowsSpec, StackedFormat};
+use super::{
+    BlockSpec, ExpertTensors, ExpertsSpec, FfnSpec, LinearSpec, NormSpec, PackingSpec, RowsSpec, StackedFormat,
+};
 
 /// A tensor that a part of the model is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +24,13 @@ pub enum Values {
     Floats,
     /// Bytes of a quantized matrix, which are kept as they are.
     Bytes,
+    /// What a packed matrix is made of.
+    Packed {
+        /// What one of the tensor's values takes in memory.
+        bytes: usize,
+    },
+    /// What the checkpoint has in place of others in this list, where a layer is not packed as the rest are.
+    Otherwise,
 }
 
 impl TensorSpec {
@@ -46,7 +55,7 @@ pub(super) fn without_repetitions(tensors: Vec<TensorSpec>) -> Vec<TensorSpec> {
 }
 
 impl BlockSpec {
-    pub(super) fn tensors(&self, hidden_size: usize) -> Vec<TensorSpec> {
+    pub(super) fn tensors(&self, hidden_size: usize, packing: Option<&PackingSpec>) -> Vec<TensorSpec> {
         let attention = &self.attention;
         let mut tensors = Vec::new();
         let output_norms = [&self.attention_output_norm, &self.ffn_output_norm].into_iter().flatten();
@@ -54,7 +63,7 @@ impl BlockSpec {
             norm.push_tensors(hidden_size, &mut tensors);
         }
         for linear in [&attention.q, &attention.k, &attention.v, &attention.o] {
-            linear.push_tensors(&mut tensors);
+            linear.push_tensors(packing, &mut tensors);
         }
         for norm in attention.qk_norm.iter().flat_map(|norms| [&norms.q, &norms.k]) {
             norm.push_tensors(attention.head_size, &mut tensors);
@@ -65,17 +74,25 @@ impl BlockSpec {
         match &self.ffn {
             FfnSpec::Gated { gate, up, down, .. } => {
                 for linear in [gate, up, down] {
-                    linear.push_tensors(&mut tensors);
+                    linear.push_tensors(packing, &mut tensors);
                 }
             }
             FfnSpec::Plain { up, down, .. } => {
                 for linear in [up, down] {
-                    linear.push_tensors(&mut tensors);
+                    linear.push_tensors(packing, &mut tensors);
                 }
             }
-            FfnSpec::Experts(experts) => experts.push_tensors(hidden_size, &mut tensors),
+            FfnSpec::Experts(experts) => experts.push_tensors(hidden_size, packing, &mut tensors),
         }
         without_repetitions(tensors)
+    }
+}
+
+/// The tensors of a matrix of the given shape, `[outputs, inputs]`.
+fn push_matrix(name: &str, shape: [usize; 2], packing: Option<&PackingSpec>, tensors: &mut Vec<TensorSpec>) {
+    match packing {
+        Some(packing) => packing.push_tensors(name, shape, tensors),
+        None => tensors.push(TensorSpec::floats(name, &shape)),
     }
 }
 
@@ -109,8 +126,8 @@ impl LinearSpec {
         self.rows.map_or(self.outputs, |rows| rows.of)
     }
 
-    pub(super) fn push_tensors(&self, tensors: &mut Vec<TensorSpec>) {
-        tensors.push(TensorSpec::floats(&self.weight, &[self.stored_rows(), self.inputs]));
+    pub(super) fn push_tensors(&self, packing: Option<&PackingSpec>, tensors: &mut Vec<TensorSpec>) {
+        push_matrix(&self.weight, [self.stored_rows(), self.inputs], packing, tensors);
         tensors.extend(self.bias.iter().map(|bias| TensorSpec::floats(bias, &[self.stored_rows()])));
     }
 }
@@ -124,14 +141,14 @@ impl RowsSpec {
 }
 
 impl ExpertsSpec {
-    pub(super) fn push_tensors(&self, hidden: usize, tensors: &mut Vec<TensorSpec>) {
-        self.router.push_tensors(tensors);
+    pub(super) fn push_tensors(&self, hidden: usize, packing: Option<&PackingSpec>, tensors: &mut Vec<TensorSpec>) {
+        self.router.push_tensors(packing, tensors);
         let Self { count, intermediate: inner, .. } = *self;
         match &self.tensors {
             ExpertTensors::Separate { gate, up, down } => {
                 for expert in 0..count {
                     for (name, shape) in [(gate, [inner, hidden]), (up, [inner, hidden]), (down, [hidden, inner])] {
-                        tensors.push(TensorSpec::floats(&expert_name(name, expert), &shape));
+                        push_matrix(&expert_name(name, expert), shape, packing, tensors);
                     }
                 }
             }
