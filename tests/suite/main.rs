@@ -5,6 +5,7 @@ mod e2e;
 mod golden;
 mod house;
 mod hub;
+mod packed;
 mod proxy;
 mod swarm;
 mod tokenizers;

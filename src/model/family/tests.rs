@@ -137,7 +137,10 @@ fn what_would_change_the_arithmetic_is_never_ignored() {
         "llama",
         &[
             (json!({"hidden_act": "mish"}), &["hidden_act", "mish", "silu"]),
-            (json!({"quantization_config": {"quant_method": "awq"}}), &["quantization_config", "awq"]),
+            (
+                json!({"quantization_config": {"quant_method": "bitsandbytes"}}),
+                &["quantization_config", "bitsandbytes"],
+            ),
             (json!({"torch_dtype": "float8_e4m3fn"}), &["torch_dtype", "float8"]),
             (json!({"partial_rotary_factor": 0.5}), &["partial_rotary_factor", "0.5"]),
             (json!({"final_logit_softcapping": 30.0}), &["final_logit_softcapping"]),
@@ -243,3 +246,4 @@ fn the_canonical_form_tells_models_apart_and_stays_as_it_is() {
 }
 
 mod layouts;
+mod quantization;

@@ -192,7 +192,7 @@ fn a_multimodal_gemma3_is_its_language_model() {
         &[
             (json!({"text_config": null}), &["text_config"]),
             (json!({"text_config": {"hidden_size": 0}}), &["text_config.hidden_size = 0"]),
-            (json!({"quantization_config": {"quant_method": "gptq"}}), &["gptq"]),
+            (json!({"quantization_config": {"quant_method": "bitsandbytes"}}), &["bitsandbytes"]),
         ],
     );
 }
