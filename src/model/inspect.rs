@@ -159,6 +159,8 @@ impl Format {
         match (tensor.values, tensor.shape.as_slice()) {
             // Packed ones stay as they are.
             (Values::Bytes, _) => elements,
+            (Values::Packed { bytes }, _) => elements * bytes as u64,
+            (Values::Otherwise, _) => 0,
             (Values::Floats, [_, .., columns]) if *columns > 0 => {
                 let columns = *columns as u64;
                 elements / columns * self.row_bytes(columns)
@@ -179,7 +181,7 @@ fn parameters(tensor: &TensorSpec) -> u64 {
     match tensor.values {
         Values::Floats => elements,
         Values::Bytes if tensor.name.ends_with("_blocks") => 2 * elements,
-        Values::Bytes => 0,
+        Values::Bytes | Values::Packed { .. } | Values::Otherwise => 0,
     }
 }
 
@@ -233,8 +235,10 @@ impl Inspection {
         let spec = source.spec();
         let stored = source.files().stored_tensors().await?;
         let files = source.files().weight_files(&|_| true).await?;
-        let tensors: Vec<Vec<TensorSpec>> = (0..spec.num_blocks()).map(|block| spec.block_tensors(block)).collect();
-        let edges = spec.edge_tensors();
+        // What the layers stand for, however they are packed.
+        let plain = ModelSpec { packing: None, ..spec.clone() };
+        let tensors: Vec<Vec<TensorSpec>> = (0..plain.num_blocks()).map(|block| plain.block_tensors(block)).collect();
+        let edges = plain.edge_tensors();
         let bytes = |tensors: &[TensorSpec], format: Format| -> u64 {
             tensors.iter().map(|tensor| format.tensor_bytes(tensor)).sum()
         };
