@@ -22,7 +22,7 @@ use helion::{
         session::{Patience, Step, Want},
     },
     engine::{DeviceChoice, Edges, Engine, EngineOptions, HiddenStates, Job, Keep, LaneRun},
-    model::{Dtype, hub::HubOptions, source::ModelSource},
+    model::{Dtype, Quant, hub::HubOptions, source::ModelSource},
     swarm::{Role, SwarmConfig, identity::Identity, ticket::SessionLimits},
 };
 
@@ -45,8 +45,10 @@ async fn run(model: &Path) -> anyhow::Result<()> {
     let source = ModelSource::open(&model.display().to_string(), HubOptions::default()).await?;
     let checkpoint = source.fetch_edges().await?;
     let blocks = checkpoint.spec().num_blocks();
-    let edges =
-        Edges::load(&checkpoint, helion::engine::EdgesOptions { dtype: Dtype::F32, device: DeviceChoice::Cpu })?;
+    let edges = Edges::load(
+        &checkpoint,
+        helion::engine::EdgesOptions { dtype: Dtype::F32, quant: Quant::Auto, device: DeviceChoice::Cpu },
+    )?;
     let alone = Engine::load(&checkpoint, EngineOptions::new(0..blocks, Dtype::F32), &mut |_, _| {})?;
 
     let mut swarms = Vec::new();
@@ -179,7 +181,7 @@ fn median(times: impl Iterator<Item = f64>) -> f64 {
 
 async fn connect(source: &ModelSource, address: &str) -> anyhow::Result<Client> {
     let identity = ModelIdentity::of(source).await?;
-    let choice = EdgesChoice { dtype: Some(Dtype::F32), device: DeviceChoice::Cpu };
+    let choice = EdgesChoice { dtype: Some(Dtype::F32), quant: Quant::Auto, device: DeviceChoice::Cpu };
     let model = LocalModel::load(&source.fetch_edges().await?, identity, choice)?;
     let network = SwarmConfig {
         initial_peers: vec![address.parse()?],

@@ -18,9 +18,10 @@
 //! session's wire format after every block, whether or not it travels. All three hold bit for bit, for one checkpoint,
 //! engine dtype, wire dtype and width of the machine's vectors, and are tested in f32, bf16 and f16.
 //!
-//! Weights and the KV cache are kept in the engine's dtype; norms and biases, which are small, in f32; and matrices that
-//! a checkpoint stores in MXFP4 as they are, 4.25 bits a number, whatever the engine's dtype. What is computed inside a
-//! block is in f32.
+//! The KV cache is kept in the engine's dtype, and so are matrices that are floating point numbers; norms and biases, which
+//! are small, in f32. Matrices that a checkpoint has in a packed format stay as they are, and others are quantized at load
+//! where that is asked for ([`Quant`]); each has a form of its own (`engine/matrix.rs`). What is computed inside a block is
+//! in f32, whatever the form.
 //!
 //! # Pages
 //!
@@ -42,11 +43,12 @@ mod cache;
 mod edges;
 mod experts;
 mod ffn;
+mod floats;
 mod hidden;
 mod job;
 mod linear;
 mod load;
-mod mxfp4;
+mod matrix;
 mod norm;
 mod pages;
 mod pass;
@@ -72,12 +74,12 @@ pub use edges::{EdgeError, Edges, EdgesOptions};
 pub use hidden::{HiddenStates, WrongLength};
 pub use job::{Job, Keep, Place, StepError, StepOutput};
 pub use load::LoadError;
-use load::Source;
+use load::{Loaded, Source};
 pub use pages::{LaneRun, PAGE_TOKENS, WATERMARK_SHARE};
 use pass::Span;
 use planes::KvPlanes;
 
-use crate::model::{Dtype, checkpoint::Checkpoint, spec::ModelSpec};
+use crate::model::{Dtype, Quant, checkpoint::Checkpoint, spec::ModelSpec};
 
 /// Where blocks and edges run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -108,8 +110,10 @@ impl DeviceChoice {
 pub struct EngineOptions {
     /// The blocks.
     pub span: Range<usize>,
-    /// What weights and KV cache are kept in.
+    /// What the KV cache is kept in, and weights that aren't quantized.
     pub dtype: Dtype,
+    /// How matrices are quantized.
+    pub quant: Quant,
     /// Where the blocks run.
     pub device: DeviceChoice,
     /// Size of the KV cache, over all sessions; rounded down to whole pages.
@@ -121,9 +125,17 @@ pub struct EngineOptions {
 }
 
 impl EngineOptions {
-    /// Options for `span` in `dtype`: on the best device, 8192 tokens of cache, passes of 512 rows, 256 jobs waiting.
+    /// Options for `span` in `dtype`: matrices as the checkpoint has them, on the best device, 8192 tokens of cache, passes of 512 rows, 256 jobs waiting.
     pub fn new(span: Range<usize>, dtype: Dtype) -> Self {
-        Self { span, dtype, device: DeviceChoice::Auto, cache_tokens: 8192, batch_tokens: 512, queue: 256 }
+        Self {
+            span,
+            dtype,
+            quant: Quant::Auto,
+            device: DeviceChoice::Auto,
+            cache_tokens: 8192,
+            batch_tokens: 512,
+            queue: 256,
+        }
     }
 }
 
@@ -138,7 +150,7 @@ struct Shared {
     spec: ModelSpec,
     span: Range<usize>,
     dtype: Dtype,
-    loaded_bytes: u64,
+    loaded: Loaded,
     queue: usize,
 }
 
@@ -168,16 +180,16 @@ impl Engine {
         options: EngineOptions,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self, LoadError> {
-        let EngineOptions { span, dtype, device, cache_tokens, batch_tokens, queue } = options;
+        let EngineOptions { span, dtype, quant, device, cache_tokens, batch_tokens, queue } = options;
         device.check()?;
         let spec = checkpoint.spec().clone();
         if span.is_empty() || span.end > spec.num_blocks() {
             return Err(LoadError::Span { start: span.start, end: span.end, blocks: spec.num_blocks() });
         }
         let pages = check_cache(&spec, &span, dtype, cache_tokens)?;
-        let mut source = Source::new(checkpoint, dtype);
+        let mut source = Source::new(checkpoint, dtype, quant);
         let blocks = Span::load(&spec, span.clone(), (dtype, pages as usize), &mut source, progress)?;
-        let loaded_bytes = source.loaded_bytes;
+        let loaded = source.finish();
         let desk = Arc::new(Desk::new(pages));
         let batcher = Batcher::new(desk.clone(), blocks, batch_tokens);
         // What was spawned keeps the pool alive. The batcher is one of its workers, so that it can share a product with
@@ -187,7 +199,7 @@ impl Engine {
             .build()
             .map_err(|error| LoadError::Threads(io::Error::other(error)))?
             .spawn(move || batcher.run());
-        Ok(Self { shared: Arc::new(Shared { desk, spec, span, dtype, loaded_bytes, queue }) })
+        Ok(Self { shared: Arc::new(Shared { desk, spec, span, dtype, loaded, queue }) })
     }
 
     /// What the model computes.
@@ -200,14 +212,20 @@ impl Engine {
         self.shared.span.clone()
     }
 
-    /// What weights and KV cache are kept in.
+    /// What the KV cache is kept in, and weights that aren't quantized.
     pub fn dtype(&self) -> Dtype {
         self.shared.dtype
     }
 
-    /// Bytes that the span's weights take in memory; matrices in the engine's dtype or in MXFP4, norms and biases in f32.
+    /// Bytes that the span's weights take in memory.
     pub fn loaded_bytes(&self) -> u64 {
-        self.shared.loaded_bytes
+        self.shared.loaded.bytes
+    }
+
+    /// What the span's matrices are packed in, for announcements: `none` where all are floating point numbers, else the
+    /// format that most bytes of the packed ones are in (`q8_0`, `q4_k`, `mxfp4`, `fp8`, `int4`, …).
+    pub fn quantization(&self) -> &'static str {
+        self.shared.loaded.quantization
     }
 
     /// The instruction set that the arithmetic runs on, as one word: `cpu-avx512`, `cpu-avx2`, `cpu-simd128` (NEON) or

@@ -8,8 +8,10 @@ pub mod fingerprint;
 pub mod generation;
 pub mod hub;
 pub mod inspect;
+pub mod quant;
 pub mod source;
 pub mod spec;
 pub mod tokenizer;
 
 pub use dtype::Dtype;
+pub use quant::Quant;

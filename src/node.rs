@@ -25,7 +25,7 @@ use self::{
 use crate::{
     engine::{DeviceChoice, Engine, EngineOptions, LoadError, speed::Speed},
     model::{
-        Dtype,
+        Dtype, Quant,
         fingerprint::Fingerprint,
         source::{ModelSource, SourceError},
     },
@@ -84,6 +84,8 @@ pub struct NodeOptions {
     pub device: DeviceChoice,
     /// What it computes in; `None`: as the checkpoint is stored.
     pub dtype: Option<Dtype>,
+    /// How matrices are quantized.
+    pub quant: Quant,
     /// Tokens in the KV pool.
     pub cache_tokens: usize,
     /// Limits of its sessions.
@@ -308,6 +310,7 @@ async fn begin(
     let checkpoint = source.fetch_blocks(span.clone()).await?;
     let engine_options = EngineOptions {
         device: options.device,
+        quant: options.quant,
         cache_tokens: options.cache_tokens,
         // A session has one step in the engine at the most.
         queue: options.sessions.max_sessions,
@@ -330,6 +333,7 @@ async fn begin(
     };
     sessions.serve(Host { engine: engine.clone(), swarm: swarm.downgrade(), hosted });
     announcement.state = State::Online;
+    announcement.quant = engine.quantization().to_owned();
     announcement.kernel_path = engine.kernel_path().to_owned();
     announcement.compute_tokens_per_second = tokens_per_second;
     update_load(&mut announcement, &engine);

@@ -8,7 +8,7 @@ use libp2p::Multiaddr;
 use crate::{
     config,
     engine::DeviceChoice,
-    model::{Dtype, hub::HubOptions},
+    model::{Dtype, Quant, hub::HubOptions},
     swarm::{Role, SwarmConfig, identity::Identity},
 };
 
@@ -86,6 +86,9 @@ pub(super) struct SwarmArgs {
     /// What the client's part (embedding and head) is kept in: auto is as stored.
     #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
     pub(super) dtype: DtypeArg,
+    /// How embedding and head are quantized: auto (as stored), none, q8_0, q4_0, q4_k or q6_k.
+    #[arg(long, env = "HELION_HEAD_QUANT", value_name = "QUANT", default_value_t = Quant::Auto)]
+    pub(super) head_quant: Quant,
 }
 
 /// Where the first peers come from.

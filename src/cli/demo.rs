@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     client::{Client, generation::GenerationOptions, session::Patience},
-    model::chat::Message,
+    model::{Quant, chat::Message},
 };
 
 #[derive(Debug, Args)]
@@ -82,6 +82,7 @@ async fn start(args: &DemoArgs, scratch: &Path, processes: &mut Processes) -> an
         dht_prefix: None,
         join_timeout: 20,
         dtype,
+        head_quant: Quant::Auto,
     };
     let local = load_model(&swarm).await?;
     check_template(&local)?;

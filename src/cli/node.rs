@@ -14,7 +14,7 @@ use super::{
 use crate::{
     config,
     engine::DeviceChoice,
-    model::source::ModelSource,
+    model::{Quant, source::ModelSource},
     node::{
         Beginning, BlockChoice, Node, NodeEvent, NodeOptions, bootstrap::BootstrapService, join,
         sessions::SessionSettings,
@@ -82,6 +82,9 @@ pub(super) struct ServeArgs {
     /// What to compute in, and keep weights and KV cache in: auto is as the checkpoint is stored.
     #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
     dtype: DtypeArg,
+    /// How the blocks' matrices are quantized: auto (as stored), none, q8_0, q4_0, q4_k or q6_k.
+    #[arg(long, env = "HELION_QUANT", value_name = "QUANT", default_value_t = Quant::Auto)]
+    quant: Quant,
     /// Tokens in the KV cache, over all sessions.
     #[arg(long, value_name = "N", default_value_t = 16384, value_parser = count())]
     attn_cache_tokens: usize,
@@ -218,6 +221,7 @@ async fn prepare(args: &ServeArgs) -> anyhow::Result<(ModelSource, NodeOptions, 
         },
         device: args.device,
         dtype: args.dtype.dtype(),
+        quant: args.quant,
         cache_tokens: args.attn_cache_tokens,
         sessions: SessionSettings {
             max_sessions: args.max_sessions,

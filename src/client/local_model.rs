@@ -6,7 +6,7 @@ use super::ClientError;
 use crate::{
     engine::{DeviceChoice, Edges, EdgesOptions},
     model::{
-        Dtype,
+        Dtype, Quant,
         chat::ChatTemplate,
         checkpoint::Checkpoint,
         fingerprint::Fingerprint,
@@ -22,6 +22,8 @@ use crate::{
 pub struct EdgesChoice {
     /// `None`: as the checkpoint stores them.
     pub dtype: Option<Dtype>,
+    /// How embedding and head are quantized.
+    pub quant: Quant,
     /// Where they compute.
     pub device: DeviceChoice,
 }
@@ -74,7 +76,8 @@ impl LocalModel {
     /// Where a file is missing or broken; the message names it.
     pub fn load(checkpoint: &Checkpoint, identity: ModelIdentity, choice: EdgesChoice) -> Result<Self, ClientError> {
         let spec = checkpoint.spec().clone();
-        let options = EdgesOptions { dtype: choice.dtype.unwrap_or(spec.stored_dtype), device: choice.device };
+        let EdgesChoice { dtype, quant, device } = choice;
+        let options = EdgesOptions { dtype: dtype.unwrap_or(spec.stored_dtype), quant, device };
         let edges = Edges::load(checkpoint, options)?;
         let dir: &Path = checkpoint.dir();
         Ok(Self {

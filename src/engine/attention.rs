@@ -11,12 +11,13 @@ use rayon::prelude::*;
 use super::{
     alibi::Alibi,
     block::Batch,
+    floats::Stored,
     linear::Linear,
     load::{LoadError, Source},
     norm::Norm,
     pages::{PAGE_TOKENS, PageId},
     planes::{KvPlanes, Planes},
-    product::{Matrices, Stored, product_f32},
+    product::{Matrices, product_f32},
     rope::Angles,
     tensor,
 };

@@ -1,18 +1,19 @@
 //! The edges of a model: what turns token ids into hidden states in front of the first block, and hidden states into
 //! logits behind the last. A client holds them; nodes don't need them.
 
-use candle_core::Tensor;
+use std::sync::Arc;
 
 use super::{
     DeviceChoice,
     hidden::{self, HiddenStates},
     linear::Linear,
     load::{LoadError, Source},
+    matrix::Matrix,
     norm::Norm,
-    tensor::{self, Slice},
+    tensor,
 };
 use crate::model::{
-    Dtype,
+    Dtype, Quant,
     checkpoint::Checkpoint,
     spec::{HeadSpec, LinearSpec},
 };
@@ -20,8 +21,11 @@ use crate::model::{
 /// How to load the edges.
 #[derive(Debug, Clone)]
 pub struct EdgesOptions {
-    /// What the embedding and the head are kept in.
+    /// What the embedding and the head are kept in where they aren't quantized, and what embeddings are rounded to where
+    /// the model scales them.
     pub dtype: Dtype,
+    /// How the embedding and the head are quantized.
+    pub quant: Quant,
     /// Where they run.
     pub device: DeviceChoice,
 }
@@ -29,7 +33,7 @@ pub struct EdgesOptions {
 /// Embedding, final norm and head.
 pub struct Edges {
     /// `[vocab, hidden]`.
-    embedding: Tensor,
+    embedding: Arc<Matrix>,
     /// What embeddings are multiplied by.
     scale: Option<f32>,
     /// What embeddings and scaled embeddings are kept in.
@@ -40,6 +44,7 @@ pub struct Edges {
     soft_cap: Option<f32>,
     hidden: usize,
     vocab: usize,
+    loaded_bytes: u64,
 }
 
 /// Why the edges refuse.
@@ -87,12 +92,12 @@ impl Edges {
         options.device.check()?;
         let spec = checkpoint.spec();
         let (width, vocab) = (spec.hidden_size, spec.vocab_size);
-        let mut source = Source::new(checkpoint, options.dtype);
+        let mut source = Source::new(checkpoint, options.dtype, options.quant);
         let table =
             LinearSpec { weight: spec.edges.embedding.clone(), bias: None, outputs: vocab, inputs: width, rows: None };
-        let embedding = source.matrix(&[&table])?;
+        let embedding = Arc::new(source.matrix(&table)?);
         let head = match &spec.edges.head {
-            HeadSpec::Tied => Linear::new(embedding.clone(), None)?,
+            HeadSpec::Tied => Linear::new(vec![embedding.clone()], None),
             HeadSpec::Separate(head) => Linear::load(&[head], &mut source)?,
         };
         let scale = spec.edges.embedding_scale.map(|scale| {
@@ -101,22 +106,30 @@ impl Edges {
             scale[0]
         });
         let embedding_norm = spec.edges.embedding_norm.as_ref();
+        let embedding_norm = embedding_norm.map(|norm| Norm::load(norm, width, &mut source)).transpose()?;
+        let final_norm = Norm::load(&spec.edges.final_norm, width, &mut source)?;
         Ok(Self {
             embedding,
             scale,
             dtype: options.dtype,
-            embedding_norm: embedding_norm.map(|norm| Norm::load(norm, width, &mut source)).transpose()?,
-            final_norm: Norm::load(&spec.edges.final_norm, width, &mut source)?,
+            embedding_norm,
+            final_norm,
             head,
             soft_cap: spec.edges.logit_soft_cap.map(|cap| cap as f32),
             hidden: width,
             vocab,
+            loaded_bytes: source.finish().bytes,
         })
     }
 
     /// Size of the vocabulary.
     pub fn vocab(&self) -> usize {
         self.vocab
+    }
+
+    /// Bytes that the edges take in memory.
+    pub fn loaded_bytes(&self) -> u64 {
+        self.loaded_bytes
     }
 
     /// Hidden states in front of the first block, one row an id, rounded to `wire`.
@@ -128,12 +141,11 @@ impl Edges {
             return Err(EdgeError::UnknownToken { id, vocab: self.vocab });
         }
         let width = self.hidden;
-        let rows = || ids.iter().map(|id| *id as usize * width);
-        let mut values: Vec<f32> = tensor::with_slice(&self.embedding, |table| match table {
-            Slice::F32(table) => rows().flat_map(|at| &table[at..at + width]).copied().collect(),
-            Slice::Bf16(table) => rows().flat_map(|at| &table[at..at + width]).map(|value| value.to_f32()).collect(),
-            Slice::F16(table) => rows().flat_map(|at| &table[at..at + width]).map(|value| value.to_f32()).collect(),
-        })?;
+        let mut scratch = vec![0.0; width];
+        let mut values = Vec::with_capacity(ids.len() * width);
+        for id in ids.iter().map(|id| *id as usize) {
+            values.extend_from_slice(self.embedding.widen(id..id + 1, &mut scratch));
+        }
         if let Some(scale) = self.scale {
             values.iter_mut().for_each(|value| *value *= scale);
             hidden::round(self.dtype, &mut values);

@@ -3,6 +3,8 @@
 //! The rows of a pass are sorted by expert, so that each expert's weights are read once, and each row's results are added
 //! up in the order of the experts' numbers. So the result of a row doesn't depend on which other rows are in the pass.
 
+use std::sync::Arc;
+
 use candle_core::{Error as TensorError, Tensor};
 
 use super::{
@@ -43,7 +45,7 @@ impl Experts {
             }
         };
         Ok(Self {
-            router: Linear::load(&[&spec.router], source)?,
+            router: Linear::load_plain(&spec.router, source)?,
             routing: spec.routing,
             active: spec.active,
             gate: Gate { gating: spec.gating, width: spec.intermediate, alternate },
@@ -131,22 +133,15 @@ impl Stack<'_> {
     fn load(&self, source: &mut Source<'_>) -> Result<Vec<Linear>, LoadError> {
         let [count, outputs, inputs] = self.shape;
         let biases = source.vector_of(self.bias, &[count, outputs])?;
-        let biases = biases.chunks_exact(outputs).map(<[f32]>::to_vec);
-        match self.format {
-            StackedFormat::Transposed => biases
-                .enumerate()
-                .map(|(expert, bias)| {
-                    let weight = source.transposed(self.name, expert, [count, inputs, outputs])?;
-                    Ok(Linear::new(weight, Some(bias))?)
-                })
-                .collect(),
-            StackedFormat::Mxfp4 => {
-                let groups = inputs / MXFP4_GROUP;
-                let blocks = source.mxfp4(self.name, [count, outputs, groups])?;
-                let matrices = blocks.chunks_exact(outputs * groups).zip(biases);
-                Ok(matrices.map(|(blocks, bias)| Linear::mxfp4(blocks.to_vec(), bias, inputs)).collect())
+        let matrices = match self.format {
+            StackedFormat::Transposed => {
+                let matrix = |expert| source.transposed(self.name, expert, [count, inputs, outputs]);
+                (0..count).map(matrix).collect::<Result<_, _>>()?
             }
-        }
+            StackedFormat::Mxfp4 => source.mxfp4(self.name, [count, outputs, inputs / MXFP4_GROUP])?,
+        };
+        let with_bias = matrices.into_iter().zip(biases.chunks_exact(outputs));
+        Ok(with_bias.map(|(matrix, bias)| Linear::new(vec![Arc::new(matrix)], Some(bias.to_vec()))).collect())
     }
 }
 

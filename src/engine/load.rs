@@ -1,13 +1,11 @@
 //! Reading a span's weights.
 
-use std::io;
+use std::{collections::BTreeMap, io};
 
-use candle_core::Tensor;
-
-use super::{mxfp4::Mxfp4, pages::PAGE_TOKENS, tensor};
+use super::{matrix::Matrix, pages::PAGE_TOKENS, tensor};
 use crate::model::{
-    Dtype,
-    checkpoint::{Checkpoint, CheckpointError, TensorData},
+    Dtype, Quant,
+    checkpoint::{BlockFormat, BlockMatrix, Checkpoint, CheckpointError, StoredMatrix},
     spec::{LinearSpec, MXFP4_GROUP},
 };
 
@@ -42,6 +40,14 @@ pub enum LoadError {
         /// What they would take, where it can be counted.
         bytes: usize,
     },
+    /// A packed matrix is not what its shape says.
+    #[error("matrix {name}: {reason}; the checkpoint is damaged, fetch it again")]
+    Matrix {
+        /// Its tensor.
+        name: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// No thread could be started.
     #[error("the engine's threads can't be started: {0}")]
     Threads(io::Error),
@@ -50,16 +56,49 @@ pub enum LoadError {
     Tensor(#[from] candle_core::Error),
 }
 
-/// Where weights come from, and how many bytes of memory they have taken.
+/// Numbers of a matrix that is read and converted some rows at a time, rather than as a whole: 256 MiB in bf16. Matrices of
+/// blocks are smaller; embeddings and heads may be as large as several blocks, and loading must not need twice their size.
+const LARGE: usize = 1 << 27;
+/// Numbers that are read of such a matrix at a time.
+const READ_AT_ONCE: usize = 1 << 25;
+/// Rows that are read of such a matrix are a multiple of this, so that no tile of scales is cut.
+const ROWS_TOGETHER: usize = 256;
+
+/// Where weights come from, what they are kept in, and how many bytes of memory they have taken.
 pub(super) struct Source<'a> {
     checkpoint: &'a Checkpoint,
     dtype: Dtype,
-    pub(super) loaded_bytes: u64,
+    quant: Quant,
+    loaded_bytes: u64,
+    /// Bytes of the matrices that are packed, by what they are packed in.
+    packed: BTreeMap<&'static str, u64>,
+    /// How many matrices were too narrow for the format asked for, by what they are kept in.
+    narrow: BTreeMap<String, usize>,
+}
+
+/// What has been loaded.
+pub(super) struct Loaded {
+    /// Bytes of memory.
+    pub(super) bytes: u64,
+    /// What most of the packed matrices' bytes are packed in, or `none`.
+    pub(super) quantization: &'static str,
 }
 
 impl<'a> Source<'a> {
-    pub(super) fn new(checkpoint: &'a Checkpoint, dtype: Dtype) -> Self {
-        Self { checkpoint, dtype, loaded_bytes: 0 }
+    pub(super) fn new(checkpoint: &'a Checkpoint, dtype: Dtype, quant: Quant) -> Self {
+        Self { checkpoint, dtype, quant, loaded_bytes: 0, packed: BTreeMap::new(), narrow: BTreeMap::new() }
+    }
+
+    /// Ends the loading. Says in the log where a matrix is kept in another format than was asked for.
+    pub(super) fn finish(self) -> Loaded {
+        for (format, count) in &self.narrow {
+            tracing::info!(
+                "{count} matrices are too narrow for the blocks of {}: they are kept in {format}",
+                self.quant
+            );
+        }
+        let most = self.packed.iter().max_by_key(|(_, bytes)| **bytes);
+        Loaded { bytes: self.loaded_bytes, quantization: most.map_or("none", |(format, _)| *format) }
     }
 
     /// A vector in f32.
@@ -74,48 +113,130 @@ impl<'a> Source<'a> {
         Ok(values)
     }
 
-    /// The bias of a layer that has one, in f32; empty where it has none.
-    pub(super) fn bias(&mut self, part: &LinearSpec) -> Result<Vec<f32>, LoadError> {
-        let Some(name) = &part.bias else { return Ok(Vec::new()) };
-        let values = tensor::to_f32(&self.rows(name, &[part.stored_rows()], part)?);
-        self.loaded_bytes += size_of_val(&values[..]) as u64;
-        Ok(values)
-    }
-
-    /// Matrices one below the other, in the engine's dtype.
-    pub(super) fn matrix(&mut self, parts: &[&LinearSpec]) -> Result<Tensor, LoadError> {
-        let read = |part: &&LinearSpec| self.rows(&part.weight, &[part.stored_rows(), part.inputs], part);
-        let parts: Vec<_> = parts.iter().map(read).collect::<Result<_, _>>()?;
-        self.keep(&parts)
-    }
-
-    /// The rows of a tensor that are `part`.
-    fn rows(&self, name: &str, shape: &[usize], part: &LinearSpec) -> Result<TensorData, CheckpointError> {
-        match &part.rows {
-            Some(rows) => self.checkpoint.read_rows(name, shape, rows.runs(part.outputs)),
-            None => self.checkpoint.read(name, shape),
+    /// The biases of `parts` in f32, one behind the other, with zeros where one has none; `None` where none has.
+    pub(super) fn biases(&mut self, parts: &[&LinearSpec]) -> Result<Option<Vec<f32>>, LoadError> {
+        if parts.iter().all(|part| part.bias.is_none()) {
+            return Ok(None);
         }
+        let mut values = Vec::new();
+        for part in parts {
+            match &part.bias {
+                Some(name) => {
+                    let shape = [part.stored_rows()];
+                    let data = match &part.rows {
+                        Some(rows) => self.checkpoint.read_rows(name, &shape, rows.runs(part.outputs))?,
+                        None => self.checkpoint.read(name, &shape)?,
+                    };
+                    self.loaded_bytes += (part.outputs * size_of::<f32>()) as u64;
+                    values.extend(tensor::to_f32(&data));
+                }
+                None => values.resize(values.len() + part.outputs, 0.0),
+            }
+        }
+        Ok(Some(values))
     }
 
-    /// Matrix `index` of the tensor `name`, `[count, inputs, outputs]`, transposed, in the engine's dtype.
-    pub(super) fn transposed(&mut self, name: &str, index: usize, shape: [usize; 3]) -> Result<Tensor, LoadError> {
+    /// A matrix, kept in what the options say.
+    pub(super) fn matrix(&mut self, part: &LinearSpec) -> Result<Matrix, LoadError> {
+        let matrix = match self.large_matrix(part)? {
+            Some(matrix) => matrix,
+            None => self.convert(Matrix::new(&part.weight, self.checkpoint.matrix(part)?)?)?,
+        };
+        self.count(&matrix);
+        Ok(matrix)
+    }
+
+    /// A matrix in the engine's dtype, whatever the other options say.
+    pub(super) fn plain_matrix(&mut self, part: &LinearSpec) -> Result<Matrix, LoadError> {
+        let matrix = self.in_dtype(Matrix::new(&part.weight, self.checkpoint.matrix(part)?)?);
+        self.count(&matrix);
+        Ok(matrix)
+    }
+
+    /// Matrix `index` of the tensor `name`, `[count, inputs, outputs]`, transposed.
+    pub(super) fn transposed(&mut self, name: &str, index: usize, shape: [usize; 3]) -> Result<Matrix, LoadError> {
         let data = self.checkpoint.read_rows(name, &shape, std::iter::once(index..index + 1))?;
-        self.keep(&[tensor::transposed(&data, shape[1], shape[2])])
+        let data = tensor::transposed(&data, shape[1], shape[2]);
+        let matrix = self.convert(Matrix::new(name, StoredMatrix::Floats(data))?)?;
+        self.count(&matrix);
+        Ok(matrix)
     }
 
-    /// Blocks `[count, outputs, inputs / 32]` of the matrices `name`.
-    pub(super) fn mxfp4(&mut self, name: &str, shape: [usize; 3]) -> Result<Vec<Mxfp4>, LoadError> {
+    /// The matrices `name` in MXFP4, of which the checkpoint has numbers and scales apart: `count` of them.
+    pub(super) fn mxfp4(&mut self, name: &str, shape: [usize; 3]) -> Result<Vec<Matrix>, LoadError> {
         let [count, outputs, groups] = shape;
         let codes = [count, outputs, groups, MXFP4_GROUP / 2];
         let codes = self.checkpoint.read_bytes(&format!("{name}_blocks"), &codes)?;
         let scales = self.checkpoint.read_bytes(&format!("{name}_scales"), &shape)?;
-        self.loaded_bytes += (codes.len() + scales.len()) as u64;
-        Ok(Mxfp4::blocks(&codes, &scales))
+        let (codes, _) = codes.as_chunks::<{ MXFP4_GROUP / 2 }>();
+        let each = codes.chunks_exact(outputs * groups).zip(scales.chunks_exact(outputs * groups));
+        each.map(|(codes, scales)| {
+            let blocks = codes.iter().zip(scales);
+            let bytes = blocks.flat_map(|(codes, scale)| codes.iter().copied().chain([*scale])).collect();
+            let columns = groups * MXFP4_GROUP;
+            let matrix = BlockMatrix { format: BlockFormat::Mxfp4, rows: outputs, columns, bytes };
+            let matrix = self.convert(Matrix::new(name, StoredMatrix::Blocks(matrix))?)?;
+            self.count(&matrix);
+            Ok(matrix)
+        })
+        .collect()
     }
 
-    fn keep(&mut self, parts: &[TensorData]) -> Result<Tensor, LoadError> {
-        let matrix = tensor::stack(parts, self.dtype)?;
-        self.loaded_bytes += tensor::size_in_bytes(&matrix);
+    /// A matrix that is too large to be held twice, read and converted some rows at a time. `None` if it isn't, or needs
+    /// no conversion, or is packed.
+    fn large_matrix(&mut self, part: &LinearSpec) -> Result<Option<Matrix>, LoadError> {
+        let rows = (READ_AT_ONCE / part.inputs.max(1)).max(1).next_multiple_of(ROWS_TOGETHER);
+        if part.rows.is_some() || part.outputs.saturating_mul(part.inputs) <= LARGE || rows >= part.outputs {
+            return Ok(None);
+        }
+        let mut whole: Option<Matrix> = None;
+        for first in (0..part.outputs).step_by(rows) {
+            let count = rows.min(part.outputs - first);
+            let some = part.rows(first, count, count, count);
+            let stored = Matrix::new(&part.weight, self.checkpoint.matrix(&some)?)?;
+            let needs_nothing = self.quant.format_for(part.inputs).is_none() && stored.dtype() == Some(self.dtype);
+            match &mut whole {
+                None if needs_nothing || stored.dtype().is_none() => return Ok(None),
+                None => whole.insert(self.convert(stored)?).reserve_rows(part.outputs),
+                Some(whole) => {
+                    let more = self.in_form(stored)?;
+                    whole.extend(more)?;
+                }
+            }
+        }
+        Ok(whole)
+    }
+
+    /// A matrix in what the options say. Notes where that is not what they ask for.
+    fn convert(&mut self, matrix: Matrix) -> Result<Matrix, LoadError> {
+        let matrix = self.in_form(matrix)?;
+        if let Some(asked) = self.quant.format()
+            && !matrix.is_in(asked)
+        {
+            let used = matrix.packed_in().map_or_else(|| self.dtype.to_string(), str::to_owned);
+            *self.narrow.entry(used).or_default() += 1;
+        }
         Ok(matrix)
+    }
+
+    fn in_form(&self, matrix: Matrix) -> Result<Matrix, LoadError> {
+        match self.quant.format_for(matrix.inputs()) {
+            Some(format) if matrix.is_in(format) => Ok(matrix),
+            Some(format) => matrix.to_blocks(format),
+            None if self.quant == Quant::Auto && matrix.packed_in().is_some() => Ok(matrix),
+            None => Ok(self.in_dtype(matrix)),
+        }
+    }
+
+    fn in_dtype(&self, matrix: Matrix) -> Matrix {
+        if matrix.dtype() == Some(self.dtype) { matrix } else { matrix.to_dtype(self.dtype) }
+    }
+
+    fn count(&mut self, matrix: &Matrix) {
+        let bytes = matrix.size_in_bytes() as u64;
+        self.loaded_bytes += bytes;
+        if let Some(format) = matrix.packed_in() {
+            *self.packed.entry(format).or_default() += bytes;
+        }
     }
 }

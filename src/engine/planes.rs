@@ -7,8 +7,8 @@
 use half::{bf16, f16, vec::HalfBitsVecExt};
 
 use super::{
+    floats::Stored,
     pages::{PAGE_TOKENS, PageId},
-    product::Stored,
 };
 use crate::model::Dtype;
 

@@ -6,9 +6,12 @@
 //! bit whatever other rows are in the batch, which a blocked library product doesn't promise. It does depend on the
 //! width of the machine's vectors.
 
-use half::{bf16, f16};
+use std::ops::Range;
+
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
+
+use super::matrix::Matrix;
 
 /// Rows of a tile. With four outputs, 16 accumulators and their operands fit AVX-512's 32 registers; where there are 16,
 /// three outputs do.
@@ -24,137 +27,94 @@ const MIN_PARALLEL: usize = 1 << 20;
 /// Parts that a large product is cut into for each thread, so that an uneven split evens out.
 const PARTS_PER_THREAD: usize = 4;
 
-/// A format that weights are kept in.
-pub(super) trait Packed: Copy + Send + Sync {
-    /// Numbers that one element stands for. It divides the width of a matrix.
-    const NUMBERS: usize = 1;
-    /// Whether [`Packed::widen`] uses its scratch.
-    const WIDENS: bool = true;
-    /// `values` as f32: themselves, or widened into `scratch`, which has room for their numbers.
-    fn widen<'a>(values: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32];
+/// The operands of a product.
+#[derive(Clone, Copy)]
+pub(super) struct Operands<'a> {
+    /// `[rows, inputs]`.
+    pub(super) x: &'a [f32],
+    /// `[outputs, inputs]`.
+    pub(super) w: &'a Matrix,
 }
 
-/// A format that caches are kept in, too.
-pub(super) trait Stored: Packed {
-    /// Rounds to this format.
-    fn narrow(value: f32) -> Self;
-}
-
-impl Packed for f32 {
-    const WIDENS: bool = false;
-
-    fn widen<'a>(values: &'a [Self], _scratch: &'a mut [f32]) -> &'a [f32] {
-        values
-    }
-}
-
-impl Stored for f32 {
-    fn narrow(value: f32) -> Self {
-        value
-    }
-}
-
-impl Packed for bf16 {
-    fn widen<'a>(values: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32] {
-        let scratch = &mut scratch[..values.len()];
-        Arch::new().dispatch(|| {
-            // A bf16 is the upper half of an f32. (The crate's conversion looks at NaNs one by one.)
-            for (wide, value) in scratch.iter_mut().zip(values) {
-                *wide = f32::from_bits(u32::from(value.to_bits()) << 16);
-            }
-        });
-        scratch
-    }
-}
-
-impl Stored for bf16 {
-    fn narrow(value: f32) -> Self {
-        bf16::from_f32(value)
-    }
-}
-
-impl Packed for f16 {
-    fn widen<'a>(values: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32] {
-        let scratch = &mut scratch[..values.len()];
-        Arch::new().dispatch(|| {
-            for (wide, value) in scratch.iter_mut().zip(values) {
-                *wide = widen_half(value.to_bits());
-            }
-        });
-        scratch
-    }
-}
-
-impl Stored for f16 {
-    fn narrow(value: f32) -> Self {
-        f16::from_f32(value)
-    }
-}
-
-/// An IEEE half as f32, without branches, so that the loop around it becomes vector instructions.
-#[inline(always)]
-fn widen_half(half: u16) -> f32 {
-    const EXPONENT: u32 = 0x7C00 << 13;
-    /// From the bias of a half's exponent, 15, to that of an f32.
-    const REBIAS: u32 = (127 - 15) << 23;
-    let magnitude = u32::from(half & 0x7FFF) << 13;
-    let exponent = magnitude & EXPONENT;
-    let normal = magnitude + REBIAS;
-    // Infinities and NaNs have the highest exponent here as there.
-    let special = normal + REBIAS;
-    // Subnormals have no leading one: give them one and take it away as a number.
-    let subnormal = f32::from_bits(normal + (1 << 23)) - f32::from_bits(REBIAS + (1 << 23));
-    let bits = if exponent == EXPONENT { special } else { normal };
-    let bits = if exponent == 0 { subnormal.to_bits() } else { bits };
-    f32::from_bits(bits | u32::from(half & 0x8000) << 16)
-}
-
-/// `x · wᵀ` for `x` of `[rows, inputs]` and `w` of `[outputs, inputs]`: `[rows, outputs]`.
-pub(super) fn product<T: Packed>(x: &[f32], w: &[T], inputs: usize) -> Vec<f32> {
-    let width = inputs / T::NUMBERS;
-    let (rows, outputs) = (x.len() / inputs, w.len() / width);
-    let mut y = vec![0.0; rows * outputs];
+/// `x · wᵀ` for several matrices, side by side: `[rows, Σ outputs]`. All have the same number of rows in `x`, at least one.
+pub(super) fn products(operands: &[Operands<'_>]) -> Vec<f32> {
+    let outputs: usize = operands.iter().map(|each| each.w.outputs()).sum();
+    let Some(rows) = operands.first().map(|each| each.x.len() / each.w.inputs()) else { return Vec::new() };
+    let work: usize = operands.iter().map(|each| each.x.len() * each.w.outputs()).sum();
     let threads = rayon::current_num_threads();
-    if threads < 2 || x.len() * outputs < MIN_PARALLEL {
-        columns(x, w, inputs, &mut y);
+    let mut y = vec![0.0; rows * outputs];
+    if threads < 2 || work < MIN_PARALLEL {
+        for (part, column) in parts(operands, outputs) {
+            part.run(&mut y, outputs, column);
+        }
         return y;
     }
-    let part = outputs.div_ceil(threads * PARTS_PER_THREAD).next_multiple_of(LONE_ROW_TILE);
+    let size = outputs.div_ceil(threads * PARTS_PER_THREAD).next_multiple_of(LONE_ROW_TILE);
     if rows == 1 {
-        y.par_chunks_mut(part).zip(w.par_chunks(part * width)).for_each(|(y, w)| columns(x, w, inputs, y));
+        let mut rest = &mut y[..];
+        let mut each = Vec::new();
+        for (part, _) in parts(operands, size) {
+            let (own, others) = std::mem::take(&mut rest).split_at_mut(part.outputs.len());
+            rest = others;
+            each.push((part, own));
+        }
+        each.into_par_iter().for_each(|(part, y)| part.run(y, y.len(), 0));
         return y;
     }
     // Each part writes a matrix of its own, `[rows, part]`; they are then put side by side.
-    let parts: Vec<Vec<f32>> = w
-        .par_chunks(part * width)
-        .map(|w| {
-            let mut y = vec![0.0; rows * (w.len() / width)];
-            columns(x, w, inputs, &mut y);
-            y
+    let each: Vec<_> = parts(operands, size).collect();
+    let each: Vec<(usize, Vec<f32>)> = each
+        .into_par_iter()
+        .map(|(part, column)| {
+            let width = part.outputs.len();
+            let mut y = vec![0.0; rows * width];
+            part.run(&mut y, width, 0);
+            (column, y)
         })
         .collect();
     y.par_chunks_mut(outputs).enumerate().for_each(|(row, y)| {
-        let mut start = 0;
-        for part in &parts {
+        for (column, part) in &each {
             let width = part.len() / rows;
-            y[start..start + width].copy_from_slice(&part[row * width..][..width]);
-            start += width;
+            y[*column..column + width].copy_from_slice(&part[row * width..][..width]);
         }
     });
     y
 }
 
-/// The product on one thread.
-fn columns<T: Packed>(x: &[f32], w: &[T], inputs: usize, y: &mut [f32]) {
-    let width = inputs / T::NUMBERS;
-    let outputs = w.len() / width;
-    let bytes = if x.len() > TILE * inputs { PANEL_BYTES } else { SMALL_PANEL_BYTES };
-    // A multiple of every tile's outputs, so that only the last panel has a remainder.
-    let panel = (bytes / size_of::<f32>() / inputs).clamp(1, outputs.max(1)).next_multiple_of(3 * LONE_ROW_TILE);
-    let mut scratch = vec![0.0; if T::WIDENS { panel.min(outputs) * inputs } else { 0 }];
-    for (index, stored) in w.chunks(panel * width).enumerate() {
-        let w = T::widen(stored, &mut scratch);
-        product_f32(Matrices { x, w, inputs, y, stride: outputs, column: index * panel });
+/// Some outputs of one matrix.
+struct Part<'a> {
+    of: Operands<'a>,
+    outputs: Range<usize>,
+}
+
+/// The outputs of all matrices, at most `size` of one at a time, and the column that each part begins at.
+fn parts<'a>(operands: &[Operands<'a>], size: usize) -> impl Iterator<Item = (Part<'a>, usize)> {
+    let cut = move |of: &Operands<'a>| {
+        let (of, outputs) = (*of, of.w.outputs());
+        (0..outputs).step_by(size).map(move |start| Part { of, outputs: start..outputs.min(start + size) })
+    };
+    operands.iter().flat_map(cut).scan(0, |column, part| {
+        let start = *column;
+        *column += part.outputs.len();
+        Some((part, start))
+    })
+}
+
+impl Part<'_> {
+    /// The part's product on one thread, to the columns of `y`, `[rows, stride]`, that begin at `column`.
+    fn run(&self, y: &mut [f32], stride: usize, column: usize) {
+        let Operands { x, w } = self.of;
+        let inputs = w.inputs();
+        let bytes = if x.len() > TILE * inputs { PANEL_BYTES } else { SMALL_PANEL_BYTES };
+        // A multiple of every tile's outputs, so that only the last panel has a remainder.
+        let panel =
+            (bytes / size_of::<f32>() / inputs).clamp(1, self.outputs.len()).next_multiple_of(3 * LONE_ROW_TILE);
+        let mut scratch = vec![0.0; if w.widens() { panel.min(self.outputs.len()) * inputs } else { 0 }];
+        for start in self.outputs.clone().step_by(panel) {
+            let wide = w.widen(start..self.outputs.end.min(start + panel), &mut scratch);
+            let column = column + start - self.outputs.start;
+            product_f32(Matrices { x, w: wide, inputs, y, stride, column });
+        }
     }
 }
 
@@ -301,6 +261,10 @@ mod tests {
         (0..count).map(|_| next()).collect()
     }
 
+    fn product(x: &[f32], w: &[f32], inputs: usize) -> Vec<f32> {
+        products(&[Operands { x, w: &Matrix::from_f32(w.to_vec(), inputs) }])
+    }
+
     #[test]
     fn it_is_a_matrix_product() {
         for (rows, outputs, inputs) in [(1, 1, 1), (1, 9, 7), (2, 17, 64), (3, 5, 100), (9, 130, 33), (5, 64, 4096)] {
@@ -314,19 +278,6 @@ mod tests {
                     assert!(error < 1e-6 * (inputs as f64).sqrt(), "{rows} {outputs} {inputs}: off by {error}");
                 }
             }
-        }
-    }
-
-    #[test]
-    fn every_half_is_widened_as_it_should_be() {
-        let halves: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
-        let brains: Vec<bf16> = (0..=u16::MAX).map(bf16::from_bits).collect();
-        let mut scratch = vec![0.0; halves.len()];
-        for (wide, half) in f16::widen(&halves, &mut scratch).iter().zip(&halves) {
-            assert!(wide.to_bits() == half.to_f32().to_bits() || wide.is_nan() && half.is_nan(), "{half:?}");
-        }
-        for (wide, brain) in bf16::widen(&brains, &mut scratch).iter().zip(&brains) {
-            assert!(wide.to_bits() == brain.to_f32().to_bits() || wide.is_nan() && brain.is_nan(), "{brain:?}");
         }
     }
 
@@ -351,11 +302,12 @@ mod tests {
         assert!(lanes == 1 || !are_lost([lanes / 2, lanes + lanes / 2]), "vectors are narrower than {lanes}");
     }
 
-    fn a_row_is_the_same_in_every_batch<T: Stored>() {
+    #[test]
+    fn a_row_is_the_same_in_every_batch_and_beside_every_matrix() {
         // Large enough that several threads share the work.
         let (rows, outputs, inputs) = (11, 515, 419);
         let x = values(rows * inputs, 3);
-        let w: Vec<T> = values(outputs * inputs, 4).into_iter().map(T::narrow).collect();
+        let w = values(outputs * inputs, 4);
         let all = product(&x, &w, inputs);
         for first in 0..rows {
             for count in 1..=rows - first {
@@ -363,20 +315,14 @@ mod tests {
                 assert_eq!(some, all[first * outputs..][..count * outputs], "rows {first}..{}", first + count);
             }
         }
-    }
-
-    #[test]
-    fn a_row_is_the_same_in_every_batch_f32() {
-        a_row_is_the_same_in_every_batch::<f32>();
-    }
-
-    #[test]
-    fn a_row_is_the_same_in_every_batch_bf16() {
-        a_row_is_the_same_in_every_batch::<bf16>();
-    }
-
-    #[test]
-    fn a_row_is_the_same_in_every_batch_f16() {
-        a_row_is_the_same_in_every_batch::<f16>();
+        for cut in [1, 7, 100, 514] {
+            let (above, below) = w.split_at(cut * inputs);
+            let [above, below] = [above, below].map(|w| Matrix::from_f32(w.to_vec(), inputs));
+            for rows in [1, 2, 11] {
+                let x = &x[..rows * inputs];
+                let both = products(&[Operands { x, w: &above }, Operands { x, w: &below }]);
+                assert_eq!(both, all[..rows * outputs], "{cut} {rows}");
+            }
+        }
     }
 }

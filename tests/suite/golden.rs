@@ -18,7 +18,7 @@ use helion::{
     engine::{
         Cache, DeviceChoice, Edges, EdgesOptions, Engine, EngineOptions, HiddenStates, Job, Keep, LaneRun, StepError,
     },
-    model::{Dtype, checkpoint::Checkpoint},
+    model::{Dtype, Quant, checkpoint::Checkpoint},
 };
 use safetensors::SafeTensors;
 
@@ -74,7 +74,7 @@ impl Golden {
     }
 
     fn edges(&self, dtype: Dtype) -> Edges {
-        Edges::load(&self.checkpoint, EdgesOptions { dtype, device: DeviceChoice::Cpu }).unwrap()
+        Edges::load(&self.checkpoint, EdgesOptions { dtype, quant: Quant::Auto, device: DeviceChoice::Cpu }).unwrap()
     }
 
     fn engine(&self, span: Range<usize>, dtype: Dtype) -> Engine {

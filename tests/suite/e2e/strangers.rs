@@ -12,7 +12,7 @@ use helion::{
         session::{Patience, Session, SessionError, Step, Want},
     },
     engine::{DeviceChoice, HiddenStates, LaneRun},
-    model::{Dtype, hub::HubOptions, source::ModelSource},
+    model::{Dtype, Quant, hub::HubOptions, source::ModelSource},
     swarm::{
         Frame, Link, Role, Service, Swarm, SwarmConfig,
         announcement::Announcement,
@@ -38,7 +38,7 @@ async fn client(model: &Path, peer: &Server) -> Client {
     let source = ModelSource::open(&model.display().to_string(), HubOptions::default()).await.unwrap();
     let identity = ModelIdentity::of(&source).await.unwrap();
     let checkpoint = source.fetch_edges().await.unwrap();
-    let choice = EdgesChoice { dtype: Some(Dtype::F32), device: DeviceChoice::Cpu };
+    let choice = EdgesChoice { dtype: Some(Dtype::F32), quant: Quant::Auto, device: DeviceChoice::Cpu };
     let model = Arc::new(LocalModel::load(&checkpoint, identity, choice).unwrap());
     Client::connect(model, network(peer), Patience::default(), Duration::from_secs(10)).await.unwrap()
 }
