@@ -6,6 +6,7 @@ pub mod dtype;
 pub mod family;
 pub mod fingerprint;
 pub mod generation;
+pub mod gguf;
 pub mod hub;
 pub mod inspect;
 pub mod quant;

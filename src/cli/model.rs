@@ -213,7 +213,7 @@ async fn pull(args: &PullArgs) -> anyhow::Result<()> {
     };
     let files = source.fetch(&part).await?;
     let bytes = files.iter().filter_map(|file| Some(std::fs::metadata(file).ok()?.len())).sum();
-    let directory = source.files().dir().to_owned();
+    let directory = source.dir();
     if args.json {
         let revision = source.revision().map(str::to_owned);
         return Ok(print_json(&Pulled { model: source.name().to_owned(), revision, directory, files, bytes })?);

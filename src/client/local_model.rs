@@ -1,7 +1,5 @@
 //! The client's own part of a model: its edges, tokenizer and chat template. Its blocks are the swarm's.
 
-use std::path::Path;
-
 use super::ClientError;
 use crate::{
     engine::{DeviceChoice, Edges, EdgesOptions},
@@ -79,12 +77,11 @@ impl LocalModel {
         let EdgesChoice { dtype, quant, device } = choice;
         let options = EdgesOptions { dtype: dtype.unwrap_or(spec.stored_dtype), quant, device };
         let edges = Edges::load(checkpoint, options)?;
-        let dir: &Path = checkpoint.dir();
         Ok(Self {
             edges,
-            tokenizer: Tokenizer::open(dir)?,
-            template: ChatTemplate::open(dir)?,
-            defaults: GenerationDefaults::open(dir)?,
+            tokenizer: checkpoint.tokenizer()?,
+            template: checkpoint.chat_template()?,
+            defaults: checkpoint.generation_defaults()?,
             spec,
             identity,
         })

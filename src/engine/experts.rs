@@ -32,7 +32,9 @@ struct Expert {
 impl Experts {
     pub(super) fn load(spec: &ExpertsSpec, hidden: usize, source: &mut Source<'_>) -> Result<Self, LoadError> {
         let (experts, alternate) = match &spec.tensors {
-            ExpertTensors::Separate { gate, up, down } => (separate(spec, hidden, [gate, up, down], source)?, false),
+            ExpertTensors::Separate { gate, up, down, biases } => {
+                (separate(spec, hidden, [gate, up, down], biases.as_ref(), source)?, false)
+            }
             ExpertTensors::Stacked { gate_up, gate_up_bias, down, down_bias, format } => {
                 let inner = spec.intermediate;
                 let mut matrices = |name: &str, bias: &str, outputs: usize, inputs: usize| {
@@ -98,23 +100,24 @@ fn choose(scores: &[f32], active: usize, routing: Routing) -> Vec<(usize, f32)> 
     order.iter().take(active).map(|expert| (*expert, (scores[*expert] - highest).exp() / sum)).collect()
 }
 
-/// Experts with three matrices each.
+/// Experts with three matrices each, and perhaps as many biases.
 fn separate(
     spec: &ExpertsSpec,
     hidden: usize,
     names: [&str; 3],
+    biases: Option<&[String; 3]>,
     source: &mut Source<'_>,
 ) -> Result<Vec<Expert>, LoadError> {
     let load = |expert: usize| {
-        let matrix = |name: &str, outputs: usize, inputs: usize| LinearSpec {
-            weight: expert_name(name, expert),
-            bias: None,
+        let matrix = |part: usize, outputs: usize, inputs: usize| LinearSpec {
+            weight: expert_name(names[part], expert),
+            bias: biases.map(|biases| expert_name(&biases[part], expert)),
             outputs,
             inputs,
             rows: None,
         };
-        let [gate, up] = [names[0], names[1]].map(|name| matrix(name, spec.intermediate, hidden));
-        let down = matrix(names[2], hidden, spec.intermediate);
+        let [gate, up] = [0, 1].map(|part| matrix(part, spec.intermediate, hidden));
+        let down = matrix(2, hidden, spec.intermediate);
         Ok(Expert { gate_up: Linear::load(&[&gate, &up], source)?, down: Linear::load(&[&down], source)? })
     };
     (0..spec.count).map(load).collect()

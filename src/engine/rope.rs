@@ -36,6 +36,7 @@ impl Rope {
             RopeScaling::Linear { factor } => {
                 Frequencies::Fixed(plain().into_iter().map(|frequency| frequency / *factor as f32).collect())
             }
+            RopeScaling::Divided { divisors } => Frequencies::Fixed(divided(divisors)),
             RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
                 let blend = Llama3 {
                     factor: *factor,

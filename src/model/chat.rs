@@ -24,7 +24,7 @@ use serde_json::{Map, Value as Json};
 const FUEL: u64 = 20_000_000;
 
 /// The template that is meant when a checkpoint has several and nothing asks for another one.
-const DEFAULT: &str = "default";
+pub(super) const DEFAULT: &str = "default";
 
 /// The template for chats with tools, where a checkpoint has a separate one.
 const TOOL_USE: &str = "tool_use";
@@ -129,19 +129,27 @@ impl ChatTemplate {
                 (config_path, templates)
             }
         };
-        if templates.is_empty() {
-            return Ok(None);
-        }
-        let malformed = |reason: String| ChatError::Malformed { path: path.clone(), reason };
-        if !templates.contains_key(DEFAULT) {
-            let names: Vec<&str> = templates.keys().map(String::as_str).collect();
-            return Err(malformed(format!("none of its templates ({}) is named {DEFAULT:?}", names.join(", "))));
-        }
         // Checkpoints that were saved long ago keep the special tokens in a file of their own.
         let mut special_tokens =
             special_tokens_of(&read_object(&dir.join("special_tokens_map.json"))?.unwrap_or_default());
         special_tokens.extend(special_tokens_of(&config));
-        let environment = environment(templates).map_err(|error| malformed(describe(&error)))?;
+        Self::of(templates, special_tokens).map_err(|reason| ChatError::Malformed { path, reason })
+    }
+
+    /// Takes templates by name, and special tokens by theirs. `None` where there is no template; what is wrong with them is
+    /// the error.
+    pub(super) fn of(
+        templates: BTreeMap<String, String>,
+        special_tokens: Map<String, Json>,
+    ) -> Result<Option<Self>, String> {
+        if templates.is_empty() {
+            return Ok(None);
+        }
+        if !templates.contains_key(DEFAULT) {
+            let names: Vec<&str> = templates.keys().map(String::as_str).collect();
+            return Err(format!("none of its templates ({}) is named {DEFAULT:?}", names.join(", ")));
+        }
+        let environment = environment(templates).map_err(|error| describe(&error))?;
         Ok(Some(Self { environment: Arc::new(environment), special_tokens }))
     }
 

@@ -1,4 +1,5 @@
-//! A checkpoint on disk: a folder with `config.json` and safetensors files, as on the Hugging Face hub.
+//! A checkpoint on disk: a folder with `config.json` and safetensors files, as on the Hugging Face hub, or a GGUF file
+//! ([`gguf`](super::gguf)).
 //!
 //! A node needs the tensors of its span and nothing else, so opening a checkpoint reads only `config.json` and, where
 //! there are several files, their index. A file's header is read when the first of its tensors is asked for, and a
@@ -24,11 +25,16 @@ use std::{
 pub use error::CheckpointError;
 pub use matrix::{BlockFormat, BlockMatrix, Fp8Matrix, GroupedMatrix, StoredMatrix};
 use shard::Shard;
-pub(crate) use shard::shard_number;
+pub(crate) use shard::{read_at, shard_number};
 
 use super::{
-    Dtype, family,
+    Dtype,
+    chat::{ChatError, ChatTemplate},
+    family,
+    generation::{GenerationDefaults, GenerationError},
+    gguf::{self, GgufModel},
     spec::{LinearSpec, ModelSpec},
+    tokenizer::{Tokenizer, TokenizerError},
 };
 
 const CONFIG: &str = "config.json";
@@ -65,6 +71,8 @@ enum Layout {
     Single,
     /// File by tensor.
     Sharded(BTreeMap<String, String>),
+    /// No safetensors: everything is in there.
+    Gguf(Arc<GgufModel>),
 }
 
 #[derive(serde::Deserialize)]
@@ -73,11 +81,15 @@ struct Index {
 }
 
 impl Checkpoint {
-    /// Opens the checkpoint in `dir`, reading its configuration and, if it has one, its index.
+    /// Opens the checkpoint in `dir`, reading its configuration and, if it has one, its index; or a GGUF file, by its path
+    /// or by that of the folder that it is alone in.
     ///
     /// # Errors
-    /// The folder or `config.json` is missing, the model isn't supported, or there are no safetensors files.
+    /// The folder or `config.json` is missing, the model isn't supported, or there are no weights.
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
+        if let Some(file) = gguf::find(dir)? {
+            return Ok(Self::of_gguf(Arc::new(GgufModel::open(&file)?)));
+        }
         if !dir.is_dir() {
             return Err(CheckpointError::NoDirectory { dir: dir.to_owned() });
         }
@@ -86,6 +98,47 @@ impl Checkpoint {
         let spec = family::read_config(&text).map_err(|source| CheckpointError::Config { path, source })?;
         let layout = Layout::find(dir)?;
         Ok(Self { dir: dir.to_owned(), spec, layout, shards: Mutex::default() })
+    }
+
+    /// The checkpoint that a GGUF model is.
+    pub(super) fn of_gguf(model: Arc<GgufModel>) -> Self {
+        let first = model.files().into_iter().next().unwrap_or_default();
+        let dir = first.parent().map(Path::to_owned).unwrap_or_default();
+        Self { dir, spec: model.spec().clone(), layout: Layout::Gguf(model), shards: Mutex::default() }
+    }
+
+    fn gguf(&self) -> Option<&GgufModel> {
+        match &self.layout {
+            Layout::Gguf(model) => Some(model),
+            _ => None,
+        }
+    }
+
+    /// Text to token ids and back.
+    ///
+    /// # Errors
+    /// There is no tokenizer, or it isn't understood.
+    pub fn tokenizer(&self) -> Result<Tokenizer, TokenizerError> {
+        self.gguf().map_or_else(|| Tokenizer::open(&self.dir), GgufModel::tokenizer)
+    }
+
+    /// Messages to a prompt; `None` where the checkpoint has no template: it is no chat model.
+    ///
+    /// # Errors
+    /// The template can't be read, or isn't one.
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>, ChatError> {
+        self.gguf().map_or_else(|| ChatTemplate::open(&self.dir), GgufModel::chat_template)
+    }
+
+    /// Where texts begin and end, and which sampling is advised.
+    ///
+    /// # Errors
+    /// The checkpoint says something about it that isn't understood.
+    pub fn generation_defaults(&self) -> Result<GenerationDefaults, GenerationError> {
+        match self.gguf() {
+            Some(model) => Ok(model.generation_defaults()?),
+            None => GenerationDefaults::open(&self.dir),
+        }
     }
 
     /// What the model computes.
@@ -106,6 +159,7 @@ impl Checkpoint {
         let names: BTreeSet<&str> = match &self.layout {
             Layout::Single => BTreeSet::from([SINGLE]),
             Layout::Sharded(files) => files.values().map(String::as_str).collect(),
+            Layout::Gguf(model) => return Ok(model.files()),
         };
         let path = |name: &str| {
             let path = self.dir.join(name);
@@ -121,6 +175,9 @@ impl Checkpoint {
     /// # Errors
     /// No file has the tensor, its file is missing or broken, or its shape or dtype is not what it should be.
     pub fn read(&self, name: &str, expected: &[usize]) -> Result<TensorData, CheckpointError> {
+        if let Some(model) = self.gguf() {
+            return model.read(name, expected);
+        }
         let (shard, name) = self.find(name)?;
         shard.read(&name, expected)
     }
@@ -135,6 +192,9 @@ impl Checkpoint {
         expected: &[usize],
         rows: impl Iterator<Item = Range<usize>>,
     ) -> Result<TensorData, CheckpointError> {
+        if let Some(model) = self.gguf() {
+            return model.read_rows(name, expected, rows);
+        }
         let (shard, name) = self.find(name)?;
         shard.read_rows(&name, expected, rows)
     }
@@ -153,6 +213,9 @@ impl Checkpoint {
     /// # Errors
     /// Those of [`Checkpoint::read_rows`]; and of a packed layer, a tensor that it lacks or that contradicts the others.
     pub fn matrix(&self, linear: &LinearSpec) -> Result<StoredMatrix, CheckpointError> {
+        if let Some(model) = self.gguf() {
+            return model.matrix(linear);
+        }
         if let Some(matrix) = packed::read(self, linear)? {
             return Ok(matrix);
         }
@@ -173,6 +236,8 @@ impl Checkpoint {
                     Some(file) => file,
                     None => continue,
                 },
+                // What is read as bytes is only in safetensors files.
+                Layout::Gguf(_) => continue,
             };
             let shard = self.shard(file)?;
             if shard.has(&name) {
@@ -185,6 +250,7 @@ impl Checkpoint {
         let searched = match &self.layout {
             Layout::Single => SINGLE,
             Layout::Sharded(_) => INDEX,
+            Layout::Gguf(_) => "",
         };
         Err(CheckpointError::MissingTensor { name: name.to_owned(), searched: self.dir.join(searched) })
     }
@@ -207,7 +273,7 @@ impl Checkpoint {
 
     fn missing_shard(&self, file: &str) -> CheckpointError {
         let named_by = match &self.layout {
-            Layout::Single => CONFIG,
+            Layout::Single | Layout::Gguf(_) => CONFIG,
             Layout::Sharded(_) => INDEX,
         };
         CheckpointError::MissingShard { path: self.dir.join(file), named_by: named_by.to_owned() }

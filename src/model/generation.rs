@@ -7,7 +7,9 @@ use std::{
 
 use serde::{Deserialize, de::DeserializeOwned};
 
-/// Why `generation_config.json` could not be read. (That there is none is no error.)
+use super::gguf::GgufError;
+
+/// Why a checkpoint's words about generating could not be read. (That there are none is no error.)
 #[derive(Debug, thiserror::Error)]
 pub enum GenerationError {
     /// The file is there but can't be read.
@@ -26,6 +28,9 @@ pub enum GenerationError {
         /// What the parser said, with the line.
         source: serde_json::Error,
     },
+    /// A GGUF file's metadata make no sense.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
 }
 
 /// The defaults of `generation_config.json`.

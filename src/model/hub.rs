@@ -60,7 +60,10 @@ pub use self::{
     error::{Bytes, HubError, Room},
     headers::StoredTensor,
 };
-use super::fingerprint::{FileHashes, Fingerprint, FingerprintError, sha256_of_file};
+use super::{
+    fingerprint::{FileHashes, Fingerprint, FingerprintError, sha256_of_file},
+    gguf::model_name,
+};
 
 /// The branch that is meant where no revision is named.
 const DEFAULT_REVISION: &str = "main";
@@ -496,24 +499,8 @@ impl ModelFiles {
         Err(HubError::Damaged { file: file.to_owned(), model: self.model.clone(), reason })
     }
 
-    /// The file's SHA-256, remembered or taken on a thread of its own.
     async fn hash(&self, file: &str, path: PathBuf) -> Result<[u8; 32], HubError> {
-        let (file, options) = (file.to_owned(), self.options.clone());
-        let hashing = move || {
-            let total_bytes = fs::metadata(&path).map_or(0, |metadata| metadata.len());
-            let mut done_bytes = 0;
-            let mut progress = |read| {
-                done_bytes += read;
-                options.report(&Transfer { file: &file, stage: Stage::Hashing, done_bytes, total_bytes });
-            };
-            match &options.hash_cache {
-                Some(state) => FileHashes::at(state).sha256(&path, &mut progress),
-                None => sha256_of_file(&path, &mut progress),
-            }
-        };
-        let hashed: Result<_, FingerprintError> =
-            tokio::task::spawn_blocking(hashing).await.map_err(|error| HubError::Hub { reason: error.to_string() })?;
-        Ok(hashed?)
+        hash_file(&self.options, file, path).await
     }
 }
 
@@ -551,6 +538,26 @@ impl Hub {
     }
 }
 
+/// A file's SHA-256, remembered or taken on a thread of its own.
+pub(super) async fn hash_file(options: &HubOptions, file: &str, path: PathBuf) -> Result<[u8; 32], HubError> {
+    let (file, options) = (file.to_owned(), options.clone());
+    let hashing = move || {
+        let total_bytes = fs::metadata(&path).map_or(0, |metadata| metadata.len());
+        let mut done_bytes = 0;
+        let mut progress = |read| {
+            done_bytes += read;
+            options.report(&Transfer { file: &file, stage: Stage::Hashing, done_bytes, total_bytes });
+        };
+        match &options.hash_cache {
+            Some(state) => FileHashes::at(state).sha256(&path, &mut progress),
+            None => sha256_of_file(&path, &mut progress),
+        }
+    };
+    let hashed: Result<_, FingerprintError> =
+        tokio::task::spawn_blocking(hashing).await.map_err(|error| HubError::Hub { reason: error.to_string() })?;
+    Ok(hashed?)
+}
+
 fn not_cached(model: &str, cache: &Path, files: Vec<String>) -> HubError {
     HubError::NotCached { model: model.to_owned(), cache: cache.to_owned(), files }
 }
@@ -571,16 +578,21 @@ fn is_revision(revision: &str) -> bool {
     revision.len() <= MAX_ID_BYTES && revision.split('/').all(part)
 }
 
-/// The swarm's name for a model where the user gives none: the hub id with dots replaced by `-`, a directory's name.
+/// The swarm's name for a model where the user gives none: the hub id, or the name of a directory or of a GGUF file without
+/// its extension, with dots replaced by `-`.
 ///
 /// ```
 /// use helion::model::hub::default_dht_prefix;
 ///
 /// assert_eq!(default_dht_prefix("meta-llama/Llama-3.2-1B-Instruct"), "meta-llama/Llama-3-2-1B-Instruct");
 /// assert_eq!(default_dht_prefix("/models/Llama-3.2-1B"), "Llama-3-2-1B");
+/// assert_eq!(default_dht_prefix("models/Llama-3.2-1B-Q8_0.gguf"), "Llama-3-2-1B-Q8_0");
 /// ```
 pub fn default_dht_prefix(model: &str) -> String {
     let path = Path::new(model);
+    if let Some(name) = model_name(path).filter(|_| !path.is_dir()) {
+        return name.replace('.', "-");
+    }
     let name = if path.is_dir() || split_id(model).is_none() {
         // `.` and `..` have no name of their own, but stand for a directory that has one.
         let real = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());

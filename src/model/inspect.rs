@@ -233,8 +233,8 @@ impl Inspection {
     /// Where the headers of the weight files can't be had or read.
     pub async fn of(source: &ModelSource, cache_tokens: usize) -> Result<Self, SourceError> {
         let spec = source.spec();
-        let stored = source.files().stored_tensors().await?;
-        let files = source.files().weight_files(&|_| true).await?;
+        let stored = source.stored_tensors().await?;
+        let files = source.weight_files().await?;
         // What the layers stand for, however they are packed.
         let plain = ModelSpec { packing: None, ..spec.clone() };
         let tensors: Vec<Vec<TensorSpec>> = (0..plain.num_blocks()).map(|block| plain.block_tensors(block)).collect();

@@ -230,6 +230,11 @@ pub enum RopeScaling {
         /// How many times longer the context gets.
         factor: f64,
     },
+    /// Each frequency divided by a number of its own, which is how GGUF files keep Llama 3's scaling.
+    Divided {
+        /// The divisors, one for each pair of numbers.
+        divisors: Vec<f64>,
+    },
     /// Llama 3's: low frequencies divided by `factor`, high ones kept, those between blended.
     Llama3 {
         /// Divisor of the low frequencies.
@@ -375,6 +380,9 @@ pub enum ExpertTensors {
         up: String,
         /// `[hidden, intermediate]`.
         down: String,
+        /// Biases of the three, `[intermediate]`, `[intermediate]` and `[hidden]`, where there are any.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        biases: Option<[String; 3]>,
     },
     /// The experts of a block in tensors of three dimensions, each expert's gate and up projection in alternate rows.
     Stacked {

@@ -18,6 +18,8 @@ use std::{
 
 use tokenizers::decoders::DecoderWrapper;
 
+use super::gguf::GgufError;
+
 /// What decoders put where bytes are not UTF-8.
 const REPLACEMENT: char = char::REPLACEMENT_CHARACTER;
 
@@ -58,6 +60,9 @@ pub enum TokenizerError {
         /// What the parser said.
         reason: String,
     },
+    /// A GGUF file has no vocabulary, or one that isn't understood.
+    #[error(transparent)]
+    Gguf(Box<GgufError>),
     /// The text could not be turned into ids.
     #[error("the tokenizer cannot encode this text of {bytes} bytes: {reason}")]
     Encode {
@@ -117,10 +122,15 @@ impl Tokenizer {
         let mut tokenizer = tokenizers::Tokenizer::from_bytes(json).map_err(|error| error.to_string())?;
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|error| error.to_string())?;
+        Ok(Self::of(tokenizer))
+    }
+
+    /// Takes a tokenizer that neither pads nor truncates.
+    pub(super) fn of(tokenizer: tokenizers::Tokenizer) -> Self {
         let added = tokenizer.get_added_tokens_decoder();
         let special = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
         let byte_fallback = tokenizer.get_decoder().is_some_and(has_byte_fallback);
-        Ok(Self(Arc::new(Inner { tokenizer, special, byte_fallback })))
+        Self(Arc::new(Inner { tokenizer, special, byte_fallback }))
     }
 
     /// The ids of `text`. With `add_special_tokens`, the tokens that the checkpoint wants around every text (such as

@@ -2,7 +2,7 @@
 
 use std::{io, ops::Range, path::PathBuf};
 
-use crate::model::family::ConfigError;
+use crate::model::{family::ConfigError, gguf::GgufError};
 
 /// Why a checkpoint, or a tensor of it, can't be read.
 #[derive(Debug, thiserror::Error)]
@@ -13,6 +13,9 @@ pub enum CheckpointError {
         /// What was asked for.
         dir: PathBuf,
     },
+    /// A GGUF file can't be used.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
     /// The folder has no `config.json`.
     #[error("{} has no config.json: is it the folder of a checkpoint?", dir.display())]
     NoConfig {
@@ -110,7 +113,7 @@ pub enum CheckpointError {
         name: String,
         /// The file.
         path: PathBuf,
-        /// How it is stored, as safetensors spells it.
+        /// How it is stored, as the file's format spells it.
         dtype: String,
         /// What it should be.
         wanted: &'static str,
@@ -128,7 +131,7 @@ pub enum CheckpointError {
         count: usize,
     },
     /// The tensor doesn't have the shape that the configuration implies.
-    #[error("tensor {name:?} in {} has shape {found:?}, and config.json implies {expected:?}", path.display())]
+    #[error("tensor {name:?} in {} has shape {found:?}, and the configuration implies {expected:?}", path.display())]
     WrongShape {
         /// Its name.
         name: String,

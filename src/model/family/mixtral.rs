@@ -35,6 +35,7 @@ pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
                 gate: name("experts.{}.w1.weight"),
                 up: name("experts.{}.w3.weight"),
                 down: name("experts.{}.w2.weight"),
+                biases: None,
             },
         });
     }

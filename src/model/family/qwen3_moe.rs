@@ -46,6 +46,7 @@ pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
                 gate: name("experts.{}.gate_proj.weight"),
                 up: name("experts.{}.up_proj.weight"),
                 down: name("experts.{}.down_proj.weight"),
+                biases: None,
             },
         });
     }

@@ -13,7 +13,7 @@ use crate::model::fingerprint::FingerprintError;
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
     /// The name is neither a directory nor a hub id.
-    #[error("{model:?} is neither a directory nor a hub id (org/name){}", if *.is_file { "; name the directory of this file" } else { "" })]
+    #[error("{model:?} is neither a directory nor a hub id (org/name){}", if *.is_file { ", and no GGUF file; name the directory of this file" } else { "" })]
     NotAModel {
         /// The name.
         model: String,

@@ -145,10 +145,13 @@ impl ExpertsSpec {
         self.router.push_tensors(packing, tensors);
         let Self { count, intermediate: inner, .. } = *self;
         match &self.tensors {
-            ExpertTensors::Separate { gate, up, down } => {
+            ExpertTensors::Separate { gate, up, down, biases } => {
                 for expert in 0..count {
                     for (name, shape) in [(gate, [inner, hidden]), (up, [inner, hidden]), (down, [hidden, inner])] {
                         push_matrix(&expert_name(name, expert), shape, packing, tensors);
+                    }
+                    for (name, width) in biases.iter().flatten().zip([inner, inner, hidden]) {
+                        tensors.push(TensorSpec::floats(&expert_name(name, expert), &[width]));
                     }
                 }
             }

@@ -116,7 +116,8 @@ fn two_models_in_one_dht_do_not_mix() {
     check(&place, &fixture("qwen3"), &bootstrap, 2, &[]);
     assert_eq!(place.status(&fixture("llama"), &bootstrap)["peers"].as_array().unwrap().len(), 2);
     let models = place.run(&["client", "models", "--initial-peers", &bootstrap.address, "--json"]).json();
-    let listed: Vec<_> = models.as_array().unwrap().iter().map(|m| (&m["model"], &m["peers"], &m["complete"])).collect();
+    let listed: Vec<_> =
+        models.as_array().unwrap().iter().map(|m| (&m["model"], &m["peers"], &m["complete"])).collect();
     assert_eq!(listed, [(&"llama".into(), &2.into(), &true.into()), (&"qwen3".into(), &2.into(), &true.into())]);
 }
 

@@ -203,7 +203,7 @@ async fn headers_stand_in_for_an_index() {
     let hub = FakeHub::start(without_index()).await;
     let open = |options| ModelSource::open(super::MODEL, options);
     let source = open(hub.options()).await.unwrap();
-    let sizes = source.files().weight_files(&|_| true).await.unwrap();
+    let sizes = source.weight_files().await.unwrap();
     assert_eq!(sizes.len(), 2);
     hub.asked();
     // The edges are in the first shard and in the last.
@@ -238,7 +238,7 @@ async fn only_headers_are_read_to_look_at_a_model() {
         hub.change(|hub| hub.no_ranges = no_ranges);
         let source = ModelSource::open(super::MODEL, hub.options()).await.unwrap();
         hub.asked();
-        let tensors = source.files().stored_tensors().await.unwrap();
+        let tensors = source.stored_tensors().await.unwrap();
         assert_eq!(tensors["model.layers.0.mlp.weight"].bytes, 1 << 20);
         assert!(hub.asked().iter().all(|asked| asked.range.as_deref() == Some("bytes=0-131071")));
         assert_eq!(std::fs::metadata(hub.folder().join(".helion/headers")).unwrap().is_dir(), true);
