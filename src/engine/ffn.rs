@@ -123,15 +123,15 @@ fn activate(activation: Activation, x: f32) -> f32 {
             const ROOT_OF_2_OVER_PI: f32 = 0.797_884_6;
             0.5 * x * (1.0 + (ROOT_OF_2_OVER_PI * (x + 0.044_715 * x * x * x)).tanh())
         }
-        // Not `max`, which would make a number of a NaN.
-        Activation::Relu => {
-            if x < 0.0 {
-                0.0
-            } else {
-                x
-            }
-        }
+        Activation::GeluQuick => x / (1.0 + (-1.702 * x).exp()),
+        Activation::Relu => positive(x),
+        Activation::ReluSquared => positive(x) * positive(x),
     }
+}
+
+/// Not `max`, which would make a number of a NaN.
+fn positive(x: f32) -> f32 {
+    if x < 0.0 { 0.0 } else { x }
 }
 
 #[cfg(test)]
@@ -148,11 +148,15 @@ mod tests {
             (Activation::GeluTanh, -0.7, -0.169_429_87),
             (Activation::Relu, -0.7, 0.0),
             (Activation::Relu, 0.7, 0.7),
+            (Activation::GeluQuick, 1.5, 1.391_662_2),
+            (Activation::ReluSquared, -0.7, 0.0),
+            (Activation::ReluSquared, 0.7, 0.49),
         ] {
             let found = activate(activation, at);
             assert!((found - expected).abs() < 1e-5, "{activation:?} of {at}: {found}");
         }
-        for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+        use Activation::{Gelu, GeluQuick, GeluTanh, Relu, ReluSquared, Silu};
+        for activation in [Silu, Gelu, GeluTanh, GeluQuick, Relu, ReluSquared] {
             assert!(activate(activation, f32::NAN).is_nan());
         }
     }

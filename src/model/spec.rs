@@ -320,8 +320,12 @@ pub enum Activation {
     Gelu,
     /// `x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))`.
     GeluTanh,
+    /// `x · sigmoid(1.702 x)`.
+    GeluQuick,
     /// `max(x, 0)`.
     Relu,
+    /// `max(x, 0)²` (So et al. 2021).
+    ReluSquared,
 }
 
 /// A mixture of experts (Shazeer et al. 2017): `Σ weight(e) · expert(e, x)` over the experts that the router chooses.
@@ -465,7 +469,8 @@ impl ModelSpec {
     }
 
     /// The length above which the positions of all tokens change, where there is one (longrope): a sequence that grows past it
-    /// is computed anew from its start, as transformers does.
+    /// is computed anew from its start, as transformers does for Phi 3. For other families its cache keeps the keys with the
+    /// positions that they had; computed anew they are what a model without a cache has, so that is what all get here.
     pub fn position_boundary(&self) -> Option<usize> {
         self.blocks.iter().find_map(|block| match &block.attention.rope.as_ref()?.scaling {
             RopeScaling::Longrope { original_context, .. } => Some(*original_context),

@@ -28,12 +28,18 @@ pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     }
     let head_size = hidden / heads;
     let epsilon = config.positive_or("layer_norm_epsilon", 1e-5)?;
+    // Split as it was in training, the reference multiplies without these two biases.
+    let exact = config.optional("slow_but_exact")?.unwrap_or(false);
+    let split = exact && config.optional::<usize>("pretraining_tp")?.is_some_and(|parts| parts > 1);
     let after_norm = config.optional("apply_residual_connection_post_layernorm")?.unwrap_or(false);
 
     let norm = |name: &str| NormSpec::layer(name, epsilon);
     let block = |index: usize| {
         let name = |part: &str| format!("transformer.h.{index}.{part}");
-        let linear = |part: &str, outputs: usize, inputs: usize| LinearSpec::named(&name(part), outputs, inputs, true);
+        let biased = |part: &str, outputs: usize, inputs: usize, bias: bool| {
+            LinearSpec::named(&name(part), outputs, inputs, bias)
+        };
+        let linear = |part: &str, outputs: usize, inputs: usize| biased(part, outputs, inputs, true);
         let fused = linear("self_attention.query_key_value", 3 * hidden, hidden);
         let [q, k, v] = by_group(&fused, &Heads { heads, kv_heads: heads, head_size });
         BlockSpec {
@@ -47,7 +53,7 @@ pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
                 q,
                 k,
                 v,
-                o: linear("self_attention.dense", hidden, hidden),
+                o: biased("self_attention.dense", hidden, hidden, !split),
                 qk_norm: None,
                 rope: None,
                 alibi: Some(AlibiSpec { factor: 1.0, rounding: Dtype::F32 }),
@@ -60,7 +66,7 @@ pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
             ffn: FfnSpec::Plain {
                 activation: Activation::GeluTanh,
                 up: linear("mlp.dense_h_to_4h", 4 * hidden, hidden),
-                down: linear("mlp.dense_4h_to_h", hidden, 4 * hidden),
+                down: biased("mlp.dense_4h_to_h", hidden, 4 * hidden, !split),
             },
             ffn_output_norm: None,
         }

@@ -1,6 +1,8 @@
 //! The layout that Llama began and that many share: pre-norm blocks, separate projections, a gated feed-forward part. A
 //! family says in which of the few switches it differs, and changes in the result what is its own.
 
+use serde_json::json;
+
 use super::{
     config::{Config, ConfigError},
     rope,
@@ -86,8 +88,13 @@ pub(super) fn activation(config: &Config, field: &str) -> Result<Activation, Con
         "gelu_new" | "gelu_fast" | "gelu_accurate" | "gelu_pytorch_tanh" | "gelu_python_tanh" => {
             Ok(Activation::GeluTanh)
         }
+        "quick_gelu" => Ok(Activation::GeluQuick),
         "relu" => Ok(Activation::Relu),
-        _ => Err(config.unsupported(field, "the activations are silu, gelu, gelu_pytorch_tanh and relu")),
+        "relu2" => Ok(Activation::ReluSquared),
+        _ => {
+            let known = "the activations are silu, gelu, gelu_pytorch_tanh, quick_gelu, relu and relu2";
+            Err(config.unsupported(field, known))
+        }
     }
 }
 
@@ -104,6 +111,7 @@ pub(super) fn experts(config: &Config, default: [usize; 2]) -> Result<(usize, us
 
 /// Reads what the families share, and puts the specification together.
 pub(super) fn spec(config: &Config, switches: &Switches) -> Result<ModelSpec, ConfigError> {
+    let config = &config.with_defaults(&json!({ "hidden_act": "silu" }));
     let activation = activation(config, switches.activation_field.unwrap_or("hidden_act"))?;
     let blocks = num_blocks(config)?;
     let hidden = config.size("hidden_size", MAX_HIDDEN)?;

@@ -22,9 +22,10 @@ use crate::model::{
 
 /// How often the linear biases are added, scaled as the scores are.
 ///
-/// The reference outputs were made with the eager attention of transformers 5, which finds the biases in the mask and adds
-/// them to the scores once more; its `sdpa` attention, like the code that came with the models, adds them once. There is no
-/// telling from a checkpoint which one it wants, so this follows the reference.
+/// The reference outputs were made with the eager attention of transformers 5.23 (`attn_implementation="eager"`), which
+/// finds the biases in the mask and adds them to the scores once more. Its `sdpa` attention, which is what `from_pretrained`
+/// takes unless told otherwise, adds them once, as the code that came with the models did. There is no telling from a
+/// checkpoint which one it wants, so this follows the reference.
 const ALIBI_COUNTS: f64 = 2.0;
 
 pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
@@ -37,8 +38,12 @@ pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     let heads = heads(config, hidden, &layout)?;
     let Heads { head_size, kv_heads, .. } = heads;
     let scale = 1.0 / (head_size as f64).sqrt();
-    let rope = rope::read(config, head_size, &rope::Defaults::default())?;
     let alibi = config.optional("alibi")?.unwrap_or(false);
+    if !alibi && !head_size.is_multiple_of(2) {
+        let reason = format!("leaves heads of {head_size}, and rotary positions need an even width");
+        return Err(config.invalid("num_attention_heads", reason));
+    }
+    let rope = rope::read(config, head_size, &rope::Defaults::default())?;
     let activation = decoder::activation(config, "activation")?;
     let epsilon = config.positive_or("layer_norm_epsilon", 1e-5)?;
     let bias = config.optional("bias")?.unwrap_or(false);
@@ -145,12 +150,5 @@ fn heads(config: &Config, hidden: usize, layout: &Layout) -> Result<Heads, Confi
     if !heads.is_multiple_of(kv_heads) {
         return Err(config.invalid("num_kv_heads", format!("must divide num_attention_heads, {heads}")));
     }
-    let head_size = hidden / heads;
-    if !head_size.is_multiple_of(2) {
-        return Err(config.invalid(
-            "num_attention_heads",
-            format!("leaves heads of {head_size}, and rotary positions need an even width"),
-        ));
-    }
-    Ok(Heads { heads, kv_heads, head_size })
+    Ok(Heads { heads, kv_heads, head_size: hidden / heads })
 }

@@ -91,7 +91,8 @@ fn ropes(config: &Config, head_size: usize) -> Result<(RopeSpec, RopeSpec), Conf
             Some(parameters) => parameters.part(kind)?,
             None => None,
         };
-        let part = part.or(older);
+        // Here the reference looks for `truncate` beside the parts, where no file has it.
+        let part = part.or(older).map(|part| part.without(&["truncate"]));
         let theta = match &part {
             Some(part) if part.has("rope_theta") => part.positive("rope_theta")?,
             _ => config.positive_or(base, default)?,

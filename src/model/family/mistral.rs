@@ -12,7 +12,10 @@ pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     for field in ["attention_bias", "mlp_bias"] {
         config.refuse_unless(field, &json!(false), "Mistral's projections have no biases")?;
     }
-    let window = decoder::sliding_window(config)?;
-    let windows = decoder::windows(config, decoder::num_blocks(config)?, window, |_| true)?;
+    let config = &config.with_defaults(&json!({
+        "max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096,
+    }));
+    // All blocks slide or none: the reference reads no `layer_types` here.
+    let windows = vec![decoder::sliding_window(config)?; decoder::num_blocks(config)?];
     decoder::spec(config, &Switches { windows, ..Switches::default() })
 }

@@ -13,7 +13,9 @@ pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     for field in ["attention_bias", "mlp_bias"] {
         config.refuse_unless(field, &json!(false), "Mixtral's projections have no biases")?;
     }
-    let config = &config.with_defaults(&json!({ "num_key_value_heads": 8, "rms_norm_eps": 1e-5 }));
+    let config = &config.with_defaults(&json!({
+        "max_position_embeddings": 131_072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+    }));
     let (count, active) = decoder::experts(config, [8, 2])?;
     let switches = Switches {
         windows: vec![decoder::sliding_window(config)?; decoder::num_blocks(config)?],

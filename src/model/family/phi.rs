@@ -1,6 +1,8 @@
 //! `phi`: Phi 1, 1.5 and 2. Layer norms, attention and an ungated feed-forward part side by side, partly rotated heads,
 //! biases everywhere.
 
+use serde_json::json;
+
 use super::{
     config::{Config, ConfigError},
     decoder, rope,
@@ -10,6 +12,7 @@ use crate::model::spec::{
 };
 
 pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
+    let config = &config.with_defaults(&json!({ "hidden_act": "gelu_new", "max_position_embeddings": 2048 }));
     let hidden = config.size("hidden_size", decoder::MAX_HIDDEN)?;
     let vocab = config.size("vocab_size", decoder::MAX_VOCAB)?;
     let intermediate = config.size("intermediate_size", decoder::MAX_INTERMEDIATE)?;

@@ -17,7 +17,10 @@ pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     for field in ["attention_bias", "mlp_bias"] {
         config.refuse_unless(field, &json!(false), "Phi 3's projections have no biases")?;
     }
-    let config = &config.with_defaults(&json!({ "original_max_position_embeddings": ORIGINAL_CONTEXT }));
+    let config = &config.with_defaults(&json!({
+        "max_position_embeddings": ORIGINAL_CONTEXT, "original_max_position_embeddings": ORIGINAL_CONTEXT,
+        "rms_norm_eps": 1e-5,
+    }));
     let window = decoder::sliding_window(config)?;
     let switches = Switches {
         windows: vec![window; decoder::num_blocks(config)?],

@@ -1,6 +1,6 @@
 //! `qwen2`: Qwen 1.5 to 2.5, Llama's layout with biases on queries, keys and values.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{
     config::{Config, ConfigError},
@@ -14,7 +14,13 @@ pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
         let as_built = json!(field == "attention_bias");
         config.refuse_unless(field, &as_built, "Qwen2 has biases on queries, keys and values, and nowhere else")?;
     }
+    let config = &config.with_defaults(&defaults());
     decoder::spec(config, &Switches { qkv_bias: true, windows: windows(config)?, ..Switches::default() })
+}
+
+/// What the reference takes for Qwen 2 and 3 where the file doesn't say it.
+pub(super) fn defaults() -> Value {
+    json!({ "max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096 })
 }
 
 /// The sliding windows of Qwen 2 and 3: only with `use_sliding_window`, and then in the blocks that `layer_types` names

@@ -11,6 +11,7 @@ use crate::model::spec::ModelSpec;
 
 pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     config.refuse_unless("mlp_bias", &json!(false), "Qwen3's feed-forward part has no biases")?;
+    let config = &config.with_defaults(&qwen2::defaults());
     let attention_bias = config.optional("attention_bias")?.unwrap_or(false);
     decoder::spec(
         config,

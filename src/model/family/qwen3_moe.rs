@@ -10,7 +10,9 @@ use crate::model::spec::{ExpertTensors, ExpertsSpec, FfnSpec, Gating, LinearSpec
 
 pub(super) fn spec(config: &Config) -> Result<ModelSpec, ConfigError> {
     config.refuse_unless("mlp_bias", &json!(false), "Qwen3's feed-forward part has no biases")?;
-    let config = &config.with_defaults(&json!({ "num_key_value_heads": 4, "sliding_window": 4096 }));
+    let config = &config.with_defaults(&json!({
+        "max_position_embeddings": 32_768, "num_key_value_heads": 4, "sliding_window": 4096,
+    }));
     let attention_bias = config.optional("attention_bias")?.unwrap_or(false);
     let slides = config.optional("use_sliding_window")?.unwrap_or(false);
     let window = if slides { decoder::sliding_window(config)? } else { None };

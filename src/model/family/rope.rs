@@ -8,6 +8,10 @@ use crate::model::spec::{RopeScaling, RopeSpec};
 /// Far above any context; keeps sizes from overflowing.
 const MAX_CONTEXT: usize = 1 << 30;
 
+/// How many times its original context a model with dynamic scaling may go, whatever its factor. The base grows with the
+/// length, and the formula knows no end; this far it has been measured to work.
+const DYNAMIC_REACH: f64 = 8.0;
+
 /// What a family's positions are like, where its configuration doesn't say it.
 pub(super) struct Defaults {
     /// The base.
@@ -191,13 +195,18 @@ fn factor(config: &Config, part: &Config, original_context: usize) -> Result<f64
     Ok(config.size("max_position_embeddings", MAX_CONTEXT)? as f64 / original_context as f64)
 }
 
+fn stretched(stated: usize, factor: f64, original_context: usize) -> usize {
+    stated.max((factor * original_context as f64).min(MAX_CONTEXT as f64) as usize)
+}
+
 /// The longest sequence: what the configuration says, or what the scaling stretches it to where the convention is to
 /// leave the field as it was.
 pub(super) fn max_context(config: &Config, rope: &RopeSpec) -> Result<usize, ConfigError> {
     let stated = config.size("max_position_embeddings", MAX_CONTEXT)?;
     Ok(match rope.scaling {
-        RopeScaling::Dynamic { factor, original_context } | RopeScaling::Yarn { factor, original_context, .. } => {
-            stated.max((factor * original_context as f64).min(MAX_CONTEXT as f64) as usize)
+        RopeScaling::Yarn { factor, original_context, .. } => stretched(stated, factor, original_context),
+        RopeScaling::Dynamic { factor, original_context } => {
+            stretched(stated, factor.max(DYNAMIC_REACH), original_context)
         }
         _ => stated,
     })

@@ -122,7 +122,11 @@ fn windows_follow_layer_types_or_max_window_layers() {
         let unused = json!({"use_sliding_window": false, "sliding_window": 8, "layer_types": null});
         assert_eq!(windows(&spec(family, unused)), [None; 6]);
     }
-    assert_eq!(windows(&spec("mistral", json!({"sliding_window": null}))), [None; 6]);
+    // Absent isn't null.
+    assert_eq!(windows(&spec("mistral", json!({"sliding_window": null}))), [Some(4096); 6]);
+    let mut config = fixture("mistral");
+    config["sliding_window"] = Value::Null;
+    assert_eq!(windows(&read_config(&config.to_string()).unwrap()), [None; 6]);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::model::spec::{
-    Activation, ExpertTensors, ExpertsSpec, NormKind, ResidualOrder, Routing, RowsSpec, StackedFormat,
+    Activation, ExpertTensors, ExpertsSpec, Gating, NormKind, ResidualOrder, Routing, RowsSpec, StackedFormat,
 };
 
 fn experts(spec: &ModelSpec, block: usize) -> &ExpertsSpec {
@@ -84,7 +84,8 @@ fn yarn_and_dynamic_scaling_stretch_the_context() {
     close(attention, (0.2 * 4f64.ln() + 1.0) / (0.1 * 4f64.ln() + 1.0));
     assert_eq!(yarn(json!({"attention_factor": 1.5, "beta_fast": 8, "truncate": false})), (1.5, [8.0, 1.0], false));
     let dynamic = spec("llama", json!({"rope_scaling": {"type": "dynamic", "factor": 3.0}}));
-    assert_eq!(dynamic.max_context, 1536);
+    // The formula knows no end; the factor is not one.
+    assert_eq!(dynamic.max_context, 8 * 512);
     assert!(matches!(rope(&dynamic, 0).scaling, RopeScaling::Dynamic { original_context: 512, .. }));
     refused(
         "qwen3",
@@ -301,4 +302,80 @@ fn bloom_is_read_with_its_old_names() {
     assert_eq!((after.blocks[0].residual, after.max_context), (ResidualOrder::AfterNorm, 4096));
     assert_eq!(after.blocks[0].attention.k.rows, Some(RowsSpec { of: 192, first: 16, run: 16, stride: 48 }));
     refused("bloom", &[(json!({"n_head": 5}), &["n_head = 5", "64"])]);
+}
+
+#[test]
+fn bloom_split_as_in_training_has_two_biases_less() {
+    let biases = |changes: Value| {
+        let bloom = spec("bloom", changes);
+        let block = &bloom.blocks[0];
+        let FfnSpec::Plain { up, down, .. } = &block.ffn else { panic!("bloom has no gate") };
+        [&block.attention.q, &block.attention.o, up, down].map(|linear| linear.bias.is_some())
+    };
+    assert_eq!(biases(json!({"slow_but_exact": true, "pretraining_tp": 2})), [true, false, true, false]);
+    assert_eq!(biases(json!({"slow_but_exact": true, "pretraining_tp": 1})), [true; 4]);
+    assert_eq!(biases(json!({"pretraining_tp": 4})), [true; 4]);
+}
+
+#[test]
+fn heads_of_an_odd_width_need_positions_that_are_no_rotations() {
+    let narrow = json!({"hidden_size": 60, "ffn_hidden_size": null});
+    assert_eq!(spec("falcon-rw-style", narrow.clone()).blocks[0].attention.head_size, 15);
+    refused("falcon-7b-style", &[(narrow, &["num_attention_heads = 4", "15", "even"])]);
+}
+
+#[test]
+fn what_a_file_leaves_out_is_as_in_its_family() {
+    let absent = json!({"hidden_act": null, "rms_norm_eps": null, "layer_norm_eps": null, "max_position_embeddings": null,
+        "original_max_position_embeddings": null, "rope_scaling": null, "num_attention_heads": 32, "head_dim": 16,
+        "num_key_value_heads": null, "sliding_window": null, "use_sliding_window": true, "max_window_layers": 0,
+        "layer_types": null});
+    for (family, context, kv_heads, epsilon, window) in [
+        ("llama", 2048, 32, 1e-6, None),
+        ("mistral", 131_072, 8, 1e-6, Some(4096)),
+        ("mixtral", 131_072, 8, 1e-5, None),
+        ("qwen2", 32_768, 32, 1e-6, Some(4096)),
+        ("qwen3", 32_768, 32, 1e-6, Some(4096)),
+        ("qwen3_moe", 32_768, 4, 1e-6, Some(4096)),
+        ("phi", 2048, 32, 1e-5, None),
+        ("phi3", 4096, 32, 1e-5, None),
+    ] {
+        let spec = spec(family, absent.clone());
+        let block = &spec.blocks[0];
+        let found = (spec.max_context, block.attention.kv_heads, block.attention_norm.epsilon, block.attention.window);
+        assert_eq!(found, (context, kv_heads, epsilon, window), "{family}");
+        let activation = match &block.ffn {
+            FfnSpec::Gated { activation, .. } | FfnSpec::Plain { activation, .. } => *activation,
+            FfnSpec::Experts(experts) => match experts.gating {
+                Gating::Plain(activation) => activation,
+                gating => panic!("{gating:?}"),
+            },
+        };
+        assert_eq!(activation, if family == "phi" { Activation::GeluTanh } else { Activation::Silu }, "{family}");
+    }
+}
+
+#[test]
+fn fields_that_the_reference_never_reads_change_nothing() {
+    let types = json!([
+        "full_attention",
+        "sliding_attention",
+        "full_attention",
+        "full_attention",
+        "full_attention",
+        "full_attention"
+    ]);
+    for family in ["mistral", "qwen3_moe"] {
+        assert_eq!(spec(family, json!({"layer_types": types})), spec(family, json!({})));
+    }
+    let yarn = |extra: Value| {
+        let mut part = json!({"rope_type": "yarn", "factor": 8.0, "rope_theta": 1e6});
+        part.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        spec(
+            "gemma3_text",
+            json!({"rope_theta": null, "rope_local_base_freq": null, "rope_parameters": {
+            "full_attention": part, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
+        )
+    };
+    assert_eq!(yarn(json!({"truncate": false})), yarn(json!({})));
 }
