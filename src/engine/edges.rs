@@ -96,9 +96,9 @@ impl Edges {
         let table =
             LinearSpec { weight: spec.edges.embedding.clone(), bias: None, outputs: vocab, inputs: width, rows: None };
         let embedding = Arc::new(source.matrix(&table)?);
-        let head = match &spec.edges.head {
+        let head = match checkpoint.head()? {
             HeadSpec::Tied => Linear::new(vec![embedding.clone()], None),
-            HeadSpec::Separate(head) => Linear::load(&[head], &mut source)?,
+            HeadSpec::Separate(head) => Linear::load(&[&head], &mut source)?,
         };
         let scale = spec.edges.embedding_scale.map(|scale| {
             let mut scale = [scale as f32];

@@ -33,13 +33,17 @@ use super::{
     family,
     generation::{GenerationDefaults, GenerationError},
     gguf::{self, GgufModel},
-    spec::{LinearSpec, ModelSpec},
+    spec::{HeadSpec, LinearSpec, ModelSpec},
     tokenizer::{Tokenizer, TokenizerError},
 };
 
 const CONFIG: &str = "config.json";
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// The output head's matrix, where it has one of its own.
+pub(super) const HEAD: &str = "lm_head.weight";
+/// Rows of embedding and head that are compared at a time: a few MB.
+const COMPARED_ROWS: usize = 1024;
 /// Far above any configuration or index; keeps a wrong file from being read into memory.
 const MAX_JSON_BYTES: u64 = 64 << 20;
 /// Prefixes that some checkpoints have and others lack: the base model is saved without them.
@@ -166,6 +170,44 @@ impl Checkpoint {
             if path.is_file() { Ok(path) } else { Err(self.missing_shard(name)) }
         };
         names.into_iter().map(path).collect()
+    }
+
+    /// The output head: what the configuration says, but that a head which should be the embedding is a matrix of its own
+    /// where the files hold one that differs from it. Then transformers unties the two, too (since version 5), for it is the
+    /// configuration that must be wrong.
+    ///
+    /// # Errors
+    /// The two can't be read.
+    pub fn head(&self) -> Result<HeadSpec, CheckpointError> {
+        let ModelSpec { edges, vocab_size, hidden_size, .. } = &self.spec;
+        let own = HEAD.to_owned();
+        let untied = match &edges.head {
+            HeadSpec::Tied => LinearSpec { weight: own, ..LinearSpec::named("", *vocab_size, *hidden_size, false) },
+            HeadSpec::Separate(head) if head.weight == edges.embedding => LinearSpec { weight: own, ..head.clone() },
+            HeadSpec::Separate(_) => return Ok(edges.head.clone()),
+        };
+        if !self.has(HEAD)? {
+            return Ok(edges.head.clone());
+        }
+        let shape = [*vocab_size, *hidden_size];
+        for first in (0..*vocab_size).step_by(COMPARED_ROWS) {
+            let rows = || std::iter::once(first..(first + COMPARED_ROWS).min(*vocab_size));
+            let [one, other] =
+                [self.read_rows(&edges.embedding, &shape, rows())?, self.read_rows(HEAD, &shape, rows())?];
+            if one.bytes != other.bytes {
+                return Ok(HeadSpec::Separate(untied));
+            }
+        }
+        Ok(edges.head.clone())
+    }
+
+    /// Whether there is such a tensor.
+    fn has(&self, name: &str) -> Result<bool, CheckpointError> {
+        match self.find(name) {
+            Ok(_) => Ok(true),
+            Err(CheckpointError::MissingTensor { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Reads one tensor of floating point numbers, and checks that it has the shape `expected`.

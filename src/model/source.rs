@@ -11,12 +11,12 @@ use std::{
 };
 
 use super::{
-    checkpoint::{Checkpoint, CheckpointError, spellings},
+    checkpoint::{Checkpoint, CheckpointError, HEAD, spellings},
     family,
     fingerprint::{FileHashes, Fingerprint},
     gguf::{self, GgufError, GgufModel},
     hub::{HubError, HubOptions, ModelFiles, StoredTensor, default_dht_prefix, hash_file},
-    spec::{ModelSpec, TensorSpec},
+    spec::ModelSpec,
 };
 
 /// Why a model can't be used.
@@ -209,19 +209,24 @@ impl ModelSource {
             Files::Model(files) => files,
             Files::Gguf { model, .. } => return Ok(model.files()),
         };
-        let tensors: Vec<TensorSpec> = match part {
+        let tensors: Vec<String> = match part {
             Part::All => return Ok(files.fetch_weights(&|_| true).await?),
             Part::Blocks(blocks) => self.block_tensors(blocks).collect(),
-            Part::Edges => self.spec.edge_tensors(),
-            Part::BlocksAndEdges(blocks) => self.block_tensors(blocks).chain(self.spec.edge_tensors()).collect(),
+            Part::Edges => self.edge_tensors().collect(),
+            Part::BlocksAndEdges(blocks) => self.block_tensors(blocks).chain(self.edge_tensors()).collect(),
         };
         // Checkpoints name tensors in several ways.
-        let names: HashSet<String> = tensors.iter().flat_map(|tensor| spellings(&tensor.name)).collect();
+        let names: HashSet<String> = tensors.iter().flat_map(|name| spellings(name)).collect();
         Ok(files.fetch_weights(&|name: &str| names.contains(name)).await?)
     }
 
-    fn block_tensors(&self, blocks: &Range<usize>) -> impl Iterator<Item = TensorSpec> {
-        blocks.clone().flat_map(|block| self.spec.block_tensors(block))
+    fn block_tensors(&self, blocks: &Range<usize>) -> impl Iterator<Item = String> {
+        blocks.clone().flat_map(|block| self.spec.block_tensors(block)).map(|tensor| tensor.name)
+    }
+
+    fn edge_tensors(&self) -> impl Iterator<Item = String> {
+        // Files may hold a head even where it should be the embedding.
+        self.spec.edge_tensors().into_iter().map(|tensor| tensor.name).chain([HEAD.to_owned()])
     }
 
     /// Opens the checkpoint with the files that hold these blocks.

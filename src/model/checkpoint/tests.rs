@@ -243,3 +243,30 @@ fn dtypes_and_shapes_are_checked() {
     write(&dir, r#"{"model.norm.weight":{"dtype":"F32","shape":[64],"data_offsets":[0,256]}}"#, 256);
     assert_eq!(read(&dir, NORM).unwrap().dtype, Dtype::F32);
 }
+
+#[test]
+fn a_head_is_the_embedding_only_where_no_other_is_stored() {
+    let head = |dir: &TempDir| Checkpoint::open(dir.path()).unwrap().head().unwrap();
+    assert_eq!(head(&copy("qwen3")), HeadSpec::Tied);
+    // A head of its own, though the configuration says otherwise.
+    let dir = copy("mistral");
+    let own = head(&dir);
+    let path = dir.path().join(CONFIG);
+    let config = fs::read_to_string(&path).unwrap();
+    let tied = config.replace(r#""tie_word_embeddings": false"#, r#""tie_word_embeddings": true"#);
+    assert_ne!(tied, config);
+    fs::write(&path, tied).unwrap();
+    assert_eq!(Checkpoint::open(dir.path()).unwrap().spec().edges.head, HeadSpec::Tied);
+    assert_eq!(head(&dir), own);
+    // Stored twice.
+    let stored = fs::read(dir.path().join(SINGLE)).unwrap();
+    let stored = safetensors::SafeTensors::deserialize(&stored).unwrap();
+    let twice = stored.names().into_iter().map(|name| {
+        let source = if name == HEAD { EMBEDDING.0 } else { name };
+        (name, stored.tensor(source).unwrap())
+    });
+    fs::write(dir.path().join(SINGLE), safetensors::serialize(twice, None).unwrap()).unwrap();
+    assert_eq!(head(&dir), HeadSpec::Tied);
+    write(&dir, &format!(r#"{{"{HEAD}":{{"dtype":"BF16","shape":[2,64],"data_offsets":[0,256]}}}}"#), 256);
+    fails(Checkpoint::open(dir.path()).unwrap().head(), &[EMBEDDING.0]);
+}
