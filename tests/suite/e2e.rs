@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod generate;
+mod gguf;
 mod harness;
 mod lost;
 mod strangers;

@@ -4,6 +4,7 @@
 //! reference is compared within a tolerance; what the engine promises to be exact (any cut, any chunks, any batch) is
 //! compared bit for bit.
 
+mod gguf;
 mod variants;
 
 use std::{
@@ -205,25 +206,30 @@ fn assert_close(found: &[f32], expected: &[f32], what: &str) {
 
 /// Hidden states after every block, logits and greedy ids, with the model in one piece per block.
 fn matches_the_reference(family: &str) {
-    let golden = Golden::load(family);
-    let edges = golden.edges(Dtype::F32);
-    let cuts: Vec<usize> = (1..golden.blocks()).collect();
-    let engines = golden.engines(&cuts, Dtype::F32);
-    let prompt = golden.prompt();
+    Golden::load(family).matches();
+}
 
-    let embedded = edges.embed(&prompt, Dtype::F32).unwrap();
-    assert_close(&embedded.to_f32(), &golden.floats("hidden.0"), "embedding");
-    let outputs = Chain::new(&engines).step(&lane(0, prompt.len()), embedded, Keep::All);
-    for (block, output) in outputs.iter().enumerate() {
-        assert_close(&output.to_f32(), &golden.floats(&format!("hidden.{}", block + 1)), &format!("block {block}"));
+impl Golden {
+    fn matches(&self) {
+        let edges = self.edges(Dtype::F32);
+        let cuts: Vec<usize> = (1..self.blocks()).collect();
+        let engines = self.engines(&cuts, Dtype::F32);
+        let prompt = self.prompt();
+
+        let embedded = edges.embed(&prompt, Dtype::F32).unwrap();
+        assert_close(&embedded.to_f32(), &self.floats("hidden.0"), "embedding");
+        let outputs = Chain::new(&engines).step(&lane(0, prompt.len()), embedded, Keep::All);
+        for (block, output) in outputs.iter().enumerate() {
+            assert_close(&output.to_f32(), &self.floats(&format!("hidden.{}", block + 1)), &format!("block {block}"));
+        }
+        let logits = edges.logits(outputs.last().unwrap()).unwrap();
+        assert_close(&logits, &self.floats("logits"), "logits");
+
+        let expected = &self.ids("greedy_ids")[0];
+        let new = expected.len() - prompt.len();
+        let found = greedy(&mut Chain::new(&engines), &edges, std::slice::from_ref(&prompt), prompt.len(), new);
+        assert_eq!(found[0], expected[prompt.len()..]);
     }
-    let logits = edges.logits(outputs.last().unwrap()).unwrap();
-    assert_close(&logits, &golden.floats("logits"), "logits");
-
-    let expected = &golden.ids("greedy_ids")[0];
-    let new = expected.len() - prompt.len();
-    let found = greedy(&mut Chain::new(&engines), &edges, std::slice::from_ref(&prompt), prompt.len(), new);
-    assert_eq!(found[0], expected[prompt.len()..]);
 }
 
 /// Every way to cut the model in two and every chunk size give the same bits, and the reference's ids.
