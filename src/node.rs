@@ -27,6 +27,7 @@ use crate::{
     model::{
         Dtype, Quant,
         fingerprint::Fingerprint,
+        inspect,
         source::{ModelSource, SourceError},
     },
     swarm::{
@@ -193,6 +194,8 @@ pub struct Node {
     sessions: Arc<Sessions>,
     model: String,
     span: Range<usize>,
+    /// Its files stay in the cache as long as it serves, for whoever starts it again or changes its span.
+    _source: ModelSource,
     tasks: Vec<tokio::task::JoinHandle<()>>,
 }
 
@@ -228,12 +231,12 @@ impl Node {
             () = stop => Ok(None),
         };
         match serving {
-            Ok(Some(Serving { span, engine, announcement })) => {
+            Ok(Some(Serving { span, source, engine, announcement })) => {
                 let tasks = vec![
                     tokio::spawn(keep_announced(swarm.clone(), engine, announcement)),
                     tokio::spawn(keep_swept(sessions.clone())),
                 ];
-                Ok(Some(Self { swarm, sessions, model, span, tasks }))
+                Ok(Some(Self { swarm, sessions, model, span, _source: source, tasks }))
             }
             other => {
                 swarm.withdraw().await;
@@ -284,6 +287,7 @@ pub type OnEvent = Arc<dyn Fn(NodeEvent) + Send + Sync>;
 /// A node that came to serve.
 struct Serving {
     span: Range<usize>,
+    source: ModelSource,
     engine: Engine,
     announcement: Announcement,
 }
@@ -339,7 +343,7 @@ async fn begin(
     update_load(&mut announcement, &engine);
     swarm.announce(announcement.clone()).await?;
     on_event(NodeEvent::Online { loaded_bytes: engine.loaded_bytes(), tokens_per_second });
-    Ok(Serving { span, engine, announcement })
+    Ok(Serving { span, source, engine, announcement })
 }
 
 /// Joins the DHT. Returns how many peers are known: 0 where a new swarm begins.
@@ -363,7 +367,7 @@ async fn choose_blocks(
         BlockChoice::Count(count) => *count,
         BlockChoice::Auto => {
             let block_bytes = spec.largest_block_bytes(dtype, options.cache_tokens);
-            let free_bytes = free_memory();
+            let free_bytes = inspect::usable_memory_bytes(inspect::free_memory_bytes());
             match (free_bytes / block_bytes.max(1)) as usize {
                 0 => return Err(NodeError::NoRoom { model: options.model.clone(), block_bytes, free_bytes }),
                 fits => fits,
@@ -383,13 +387,6 @@ async fn choose_blocks(
         model: options.model.clone(),
         blocks: spec.num_blocks(),
     })
-}
-
-/// Memory that blocks may take, bytes: most of what is free now, the rest is the system's.
-fn free_memory() -> u64 {
-    let Ok(mut system) = sysinfo::System::new() else { return 0 };
-    system.refresh_memory();
-    system.available_memory() / 10 * 8
 }
 
 fn announcement(
