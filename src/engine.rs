@@ -75,6 +75,7 @@ pub use hidden::{HiddenStates, WrongLength};
 pub use job::{Job, Keep, Place, StepError, StepOutput};
 pub use load::LoadError;
 use load::{Loaded, Source};
+pub use matrix::Matrix;
 pub use pages::{LaneRun, PAGE_TOKENS, WATERMARK_SHARE};
 use pass::Span;
 use planes::KvPlanes;

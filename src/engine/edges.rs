@@ -95,10 +95,12 @@ impl Edges {
         let mut source = Source::new(checkpoint, options.dtype, options.quant);
         let table =
             LinearSpec { weight: spec.edges.embedding.clone(), bias: None, outputs: vocab, inputs: width, rows: None };
-        let embedding = Arc::new(source.matrix(&table)?);
+        let embedding = Arc::new(source.large_matrix(&table)?);
         let head = match checkpoint.head()? {
             HeadSpec::Tied => Linear::new(vec![embedding.clone()], None),
-            HeadSpec::Separate(head) => Linear::load(&[&head], &mut source)?,
+            HeadSpec::Separate(head) => {
+                Linear::new(vec![Arc::new(source.large_matrix(&head)?)], source.biases(&[&head])?)
+            }
         };
         let scale = spec.edges.embedding_scale.map(|scale| {
             let mut scale = [scale as f32];

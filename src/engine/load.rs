@@ -56,12 +56,10 @@ pub enum LoadError {
     Tensor(#[from] candle_core::Error),
 }
 
-/// Numbers of a matrix that is read and converted some rows at a time, rather than as a whole: 256 MiB in bf16. Matrices of
-/// blocks are smaller; embeddings and heads may be as large as several blocks, and loading must not need twice their size.
-const LARGE: usize = 1 << 27;
-/// Numbers that are read of such a matrix at a time.
-const READ_AT_ONCE: usize = 1 << 25;
-/// Rows that are read of such a matrix are a multiple of this, so that no tile of scales is cut.
+/// Numbers of an embedding or head that are read and converted at a time: it may be as large as several blocks, and
+/// loading must not need twice its size.
+const READ_AT_ONCE: usize = 1 << 22;
+/// Rows that are read of one are a multiple of this, so that no tile of scales is cut.
 const ROWS_TOGETHER: usize = 256;
 
 /// Where weights come from, what they are kept in, and how many bytes of memory they have taken.
@@ -138,12 +136,34 @@ impl<'a> Source<'a> {
 
     /// A matrix, kept in what the options say.
     pub(super) fn matrix(&mut self, part: &LinearSpec) -> Result<Matrix, LoadError> {
-        let matrix = match self.large_matrix(part)? {
-            Some(matrix) => matrix,
-            None => self.convert(Matrix::new(&part.weight, self.checkpoint.matrix(part)?)?)?,
-        };
+        let matrix = self.convert(Matrix::new(&part.weight, self.checkpoint.matrix(part)?)?)?;
         self.count(&matrix);
         Ok(matrix)
+    }
+
+    /// The same, for a matrix that is perhaps too large to be held twice: if it has to be converted, some rows at a time.
+    pub(super) fn large_matrix(&mut self, part: &LinearSpec) -> Result<Matrix, LoadError> {
+        let rows = (READ_AT_ONCE / part.inputs.max(1)).max(1).next_multiple_of(ROWS_TOGETHER);
+        if part.rows.is_some() || rows >= part.outputs {
+            return self.matrix(part);
+        }
+        let read = |first: usize| {
+            let count = rows.min(part.outputs - first);
+            Matrix::new(&part.weight, self.checkpoint.matrix(&part.rows(first, count, count, count))?)
+        };
+        let first = read(0)?;
+        let needs_nothing = self.quant.format_for(part.inputs).is_none() && first.dtype() == Some(self.dtype);
+        if needs_nothing || first.dtype().is_none() {
+            return self.matrix(part);
+        }
+        let mut whole = self.in_form(first)?;
+        whole.reserve_rows(part.outputs);
+        for start in (rows..part.outputs).step_by(rows) {
+            whole.extend(self.in_form(read(start)?)?)?;
+        }
+        let whole = self.convert(whole)?;
+        self.count(&whole);
+        Ok(whole)
     }
 
     /// A matrix in the engine's dtype, whatever the other options say.
@@ -180,31 +200,6 @@ impl<'a> Source<'a> {
             Ok(matrix)
         })
         .collect()
-    }
-
-    /// A matrix that is too large to be held twice, read and converted some rows at a time. `None` if it isn't, or needs
-    /// no conversion, or is packed.
-    fn large_matrix(&mut self, part: &LinearSpec) -> Result<Option<Matrix>, LoadError> {
-        let rows = (READ_AT_ONCE / part.inputs.max(1)).max(1).next_multiple_of(ROWS_TOGETHER);
-        if part.rows.is_some() || part.outputs.saturating_mul(part.inputs) <= LARGE || rows >= part.outputs {
-            return Ok(None);
-        }
-        let mut whole: Option<Matrix> = None;
-        for first in (0..part.outputs).step_by(rows) {
-            let count = rows.min(part.outputs - first);
-            let some = part.rows(first, count, count, count);
-            let stored = Matrix::new(&part.weight, self.checkpoint.matrix(&some)?)?;
-            let needs_nothing = self.quant.format_for(part.inputs).is_none() && stored.dtype() == Some(self.dtype);
-            match &mut whole {
-                None if needs_nothing || stored.dtype().is_none() => return Ok(None),
-                None => whole.insert(self.convert(stored)?).reserve_rows(part.outputs),
-                Some(whole) => {
-                    let more = self.in_form(stored)?;
-                    whole.extend(more)?;
-                }
-            }
-        }
-        Ok(whole)
     }
 
     /// A matrix in what the options say. Notes where that is not what they ask for.

@@ -27,7 +27,11 @@ use half::{bf16, f16};
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::{floats, load::LoadError};
+use super::{
+    floats,
+    load::LoadError,
+    product::{Operands, products},
+};
 use crate::model::{
     Dtype,
     checkpoint::{BlockFormat, Fp8Matrix, GroupedMatrix, StoredMatrix, TensorData},
@@ -36,8 +40,8 @@ use crate::model::{
 /// Numbers that a conversion widens at a time: some rows, in a part of a level-2 cache.
 const CONVERTED_AT_ONCE: usize = 1 << 15;
 
-/// A matrix `[outputs, inputs]`.
-pub(super) struct Matrix {
+/// A matrix `[outputs, inputs]` in one of the forms above, for products with rows of `inputs` numbers.
+pub struct Matrix {
     outputs: usize,
     inputs: usize,
     values: Values,
@@ -60,7 +64,7 @@ impl Matrix {
     ///
     /// # Errors
     /// Its parts don't have the sizes that its shape asks for.
-    pub(super) fn new(name: &str, stored: StoredMatrix) -> Result<Self, LoadError> {
+    pub fn new(name: &str, stored: StoredMatrix) -> Result<Self, LoadError> {
         if let Err(reason) = check(&stored) {
             return Err(LoadError::Matrix { name: name.to_owned(), reason });
         }
@@ -103,7 +107,7 @@ impl Matrix {
     }
 
     /// Bytes that it takes in memory.
-    pub(super) fn size_in_bytes(&self) -> usize {
+    pub fn size_in_bytes(&self) -> usize {
         match &self.values {
             Values::F32(values) => size_of_val(&values[..]),
             Values::Bf16(bytes) | Values::F16(bytes) | Values::Blocks(_, bytes) => bytes.len(),
@@ -146,8 +150,13 @@ impl Matrix {
         !matches!(self.values, Values::F32(_))
     }
 
+    /// `x · selfᵀ` for `x` of `[rows, inputs]`: `[rows, outputs]`. Columns of `x` are taken in the matrix's own order.
+    pub fn product(&self, x: &[f32]) -> Vec<f32> {
+        products(&[Operands { x, w: self }])
+    }
+
     /// Some rows as f32, `[rows, inputs]`: themselves, or widened into `scratch`, which has room for them.
-    pub(super) fn widen<'a>(&'a self, rows: Range<usize>, scratch: &'a mut [f32]) -> &'a [f32] {
+    pub fn widen<'a>(&'a self, rows: Range<usize>, scratch: &'a mut [f32]) -> &'a [f32] {
         let numbers = rows.start * self.inputs..rows.end * self.inputs;
         let scratch = match &self.values {
             Values::F32(values) => return &values[numbers],

@@ -5,5 +5,6 @@ mod generate;
 mod gguf;
 mod harness;
 mod lost;
+mod quantized;
 mod strangers;
 mod tools;

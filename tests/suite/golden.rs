@@ -5,6 +5,7 @@
 //! compared bit for bit.
 
 mod gguf;
+mod quantized;
 mod variants;
 
 use std::{
@@ -33,6 +34,8 @@ fn fixture(family: &str) -> PathBuf {
 /// A checkpoint and what transformers computed with it.
 struct Golden {
     checkpoint: Checkpoint,
+    /// How its blocks and edges are quantized.
+    quant: Quant,
     tensors: HashMap<String, (Vec<usize>, Vec<u8>)>,
 }
 
@@ -42,7 +45,7 @@ impl Golden {
         let tensors = SafeTensors::deserialize(&bytes).unwrap();
         let tensors =
             tensors.iter().map(|(name, view)| (name.to_owned(), (view.shape().to_vec(), view.data().to_vec())));
-        Self { checkpoint: Checkpoint::open(&fixture(family)).unwrap(), tensors: tensors.collect() }
+        Self { checkpoint: Checkpoint::open(&fixture(family)).unwrap(), quant: Quant::Auto, tensors: tensors.collect() }
     }
 
     fn blocks(&self) -> usize {
@@ -75,11 +78,11 @@ impl Golden {
     }
 
     fn edges(&self, dtype: Dtype) -> Edges {
-        Edges::load(&self.checkpoint, EdgesOptions { dtype, quant: Quant::Auto, device: DeviceChoice::Cpu }).unwrap()
+        Edges::load(&self.checkpoint, EdgesOptions { dtype, quant: self.quant, device: DeviceChoice::Cpu }).unwrap()
     }
 
     fn engine(&self, span: Range<usize>, dtype: Dtype) -> Engine {
-        let options = EngineOptions { cache_tokens: 1024, ..EngineOptions::new(span, dtype) };
+        let options = EngineOptions { cache_tokens: 1024, quant: self.quant, ..EngineOptions::new(span, dtype) };
         Engine::load(&self.checkpoint, options, &mut |_, _| {}).unwrap()
     }
 

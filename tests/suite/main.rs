@@ -6,6 +6,8 @@ mod gguf;
 mod golden;
 mod house;
 mod hub;
+mod loading;
+mod made;
 mod packed;
 mod proxy;
 mod swarm;

@@ -3,8 +3,12 @@
 //! The layouts are GGML's (`ggml-common.h` and `ggml-quants.c` of llama.cpp, `quants.py` of its `gguf` package), except
 //! that MXFP4 is the Open Compute Project's (Microscaling Formats, 2023) in the order of Hugging Face's checkpoints: the
 //! scale behind the numbers, neighbours in one byte. Scales are multiplied in the order of the references, without
-//! fusing, so that the results are equal bit for bit. Lower and upper halves of bytes are taken by arithmetic on whole
-//! vectors rather than from tables, which compilers don't vectorise.
+//! fusing, so that the results are equal (but for the sign of a zero). Each layout first makes bytes of its codes and then
+//! numbers of the bytes, in loops of fixed length without tables: the shape that compilers turn into vector instructions. [`black_box`] keeps them
+//! from working on several blocks at once instead, whose parts they would have to gather one by one (measured: three times
+//! as slow), and what is a loop here and not a closure stays inlined.
+
+use std::hint::black_box;
 
 use candle_core::{
     Device, Result, Tensor, bail,
@@ -63,7 +67,7 @@ pub(super) trait Block<const BYTES: usize, const NUMBERS: usize> {
 #[inline(always)]
 fn each<B: Block<BYTES, NUMBERS>, const BYTES: usize, const NUMBERS: usize>(bytes: &[u8], numbers: &mut [f32]) {
     for (block, numbers) in bytes.as_chunks().0.iter().zip(numbers.as_chunks_mut().0) {
-        B::widen(block, numbers);
+        B::widen(black_box(block), numbers);
     }
 }
 
@@ -73,25 +77,79 @@ pub(super) fn half_at(block: &[u8], at: usize) -> f32 {
     widen_half(u16::from_le_bytes([block[at], block[at + 1]]))
 }
 
+/// `codes` as signed integers, times a scale.
+#[inline(always)]
+pub(super) fn scaled<const N: usize>(codes: &[u8; N], numbers: &mut [f32], scale: f32) {
+    for (number, code) in numbers[..N].iter_mut().zip(codes) {
+        *number = f32::from(*code as i8) * scale;
+    }
+}
+
+/// `codes` times a scale, and something added.
+#[inline(always)]
+pub(super) fn scaled_from<const N: usize>(codes: &[u8; N], numbers: &mut [f32], scale: f32, added: f32) {
+    for (numbers, codes) in numbers.as_chunks_mut::<8>().0.iter_mut().zip(codes.as_chunks::<8>().0) {
+        let mut wide = [0.0; 8];
+        for i in 0..8 {
+            wide[i] = f32::from(codes[i] as i8);
+        }
+        for wide in &mut wide {
+            *wide *= scale;
+        }
+        for wide in &mut wide {
+            *wide += added;
+        }
+        *numbers = wide;
+    }
+}
+
 /// Numbers of 4 bits: the first half of a block in the lower halves of the bytes, the second in the upper ones.
 #[inline(always)]
-fn nibbles<const SHIFT: i32>(codes: &[u8; 16], numbers: &mut [f32; 32], scale: f32, minimum: f32) {
-    let (low, high) = numbers.split_at_mut(16);
+pub(super) fn nibbles(bytes: &[u8; 16]) -> [u8; 32] {
+    let mut codes = [0; 32];
     for i in 0..16 {
-        low[i] = (i32::from(codes[i] & 15) - SHIFT) as f32 * scale + minimum;
-        high[i] = (i32::from(codes[i] >> 4) - SHIFT) as f32 * scale + minimum;
+        codes[i] = bytes[i] & 15;
     }
+    for i in 0..16 {
+        codes[i + 16] = bytes[i] >> 4;
+    }
+    codes
+}
+
+/// Numbers of 4 bits, neighbours in one byte, the first in its lower half.
+#[inline(always)]
+fn pairs(bytes: &[u8; 16]) -> [u8; 32] {
+    let mut codes = [0; 32];
+    for i in 0..16 {
+        codes[2 * i] = bytes[i] & 15;
+        codes[2 * i + 1] = bytes[i] >> 4;
+    }
+    codes
 }
 
 /// Numbers of 5 bits: the lower four as in [`nibbles`], the highest of number `i` in bit `i` of `bits`.
 #[inline(always)]
-fn fives<const SHIFT: i32>(bits: u32, codes: &[u8; 16], numbers: &mut [f32; 32], scale: f32, minimum: f32) {
-    let (low, high) = numbers.split_at_mut(16);
-    for i in 0..16 {
-        let fifth = [(bits >> i & 1) << 4, (bits >> (i + 16) & 1) << 4];
-        low[i] = ((u32::from(codes[i] & 15) | fifth[0]) as i32 - SHIFT) as f32 * scale + minimum;
-        high[i] = ((u32::from(codes[i] >> 4) | fifth[1]) as i32 - SHIFT) as f32 * scale + minimum;
+fn fives(bits: [u8; 4], bytes: &[u8; 16]) -> [u8; 32] {
+    let mut highest = [[0; 8]; 4];
+    for (highest, bits) in highest.iter_mut().zip(bits) {
+        // The byte eight times, in each of which one bit is kept; whatever is not zero then carries to the highest bit.
+        let kept = u64::from(black_box(bits)) * 0x0101_0101_0101_0101 & 0x8040_2010_0804_0201;
+        *highest = (((kept + 0x7F7F_7F7F_7F7F_7F7F) & 0x8080_8080_8080_8080) >> 3).to_le_bytes();
     }
+    let mut codes = nibbles(bytes);
+    for (code, highest) in codes.iter_mut().zip(black_box(&highest).as_flattened()) {
+        *code |= highest;
+    }
+    codes
+}
+
+/// Every code less `by`.
+#[inline(always)]
+pub(super) fn less<const N: usize>(mut codes: [u8; N], by: u8) -> [u8; N] {
+    for code in &mut codes {
+        *code = code.wrapping_sub(by);
+    }
+    codes
 }
 
 /// The `N` bytes at `at`.
@@ -110,87 +168,84 @@ struct Q8_0;
 struct Iq4Nl;
 struct Mxfp4;
 
-// What is added where a format has no minimum: the one zero that changes no number, not even a zero's sign.
-const NOTHING: f32 = -0.0;
-
 impl Block<18, 32> for Q4_0 {
     #[inline(always)]
     fn widen(block: &[u8; 18], numbers: &mut [f32; 32]) {
-        nibbles::<8>(&bytes_at(block, 2), numbers, half_at(block, 0), NOTHING);
+        scaled(&less(nibbles(&bytes_at(block, 2)), 8), numbers, half_at(block, 0));
     }
 }
 
 impl Block<20, 32> for Q4_1 {
     #[inline(always)]
     fn widen(block: &[u8; 20], numbers: &mut [f32; 32]) {
-        nibbles::<0>(&bytes_at(block, 4), numbers, half_at(block, 0), half_at(block, 2));
+        scaled_from(&nibbles(&bytes_at(block, 4)), numbers, half_at(block, 0), half_at(block, 2));
     }
 }
 
 impl Block<22, 32> for Q5_0 {
     #[inline(always)]
     fn widen(block: &[u8; 22], numbers: &mut [f32; 32]) {
-        let bits = u32::from_le_bytes(bytes_at(block, 2));
-        fives::<16>(bits, &bytes_at(block, 6), numbers, half_at(block, 0), NOTHING);
+        scaled(&less(fives(bytes_at(block, 2), &bytes_at(block, 6)), 16), numbers, half_at(block, 0));
     }
 }
 
 impl Block<24, 32> for Q5_1 {
     #[inline(always)]
     fn widen(block: &[u8; 24], numbers: &mut [f32; 32]) {
-        let bits = u32::from_le_bytes(bytes_at(block, 4));
-        fives::<0>(bits, &bytes_at(block, 8), numbers, half_at(block, 0), half_at(block, 2));
+        let codes = fives(bytes_at(block, 4), &bytes_at(block, 8));
+        scaled_from(&codes, numbers, half_at(block, 0), half_at(block, 2));
     }
 }
 
 impl Block<34, 32> for Q8_0 {
     #[inline(always)]
     fn widen(block: &[u8; 34], numbers: &mut [f32; 32]) {
-        let scale = half_at(block, 0);
-        let codes: [u8; 32] = bytes_at(block, 2);
-        for i in 0..32 {
-            numbers[i] = f32::from(codes[i] as i8) * scale;
-        }
+        scaled(&bytes_at::<32>(block, 2), numbers, half_at(block, 0));
     }
 }
 
 impl Block<18, 32> for Iq4Nl {
     #[inline(always)]
     fn widen(block: &[u8; 18], numbers: &mut [f32; 32]) {
-        from_table(&bytes_at(block, 2), numbers, half_at(block, 0));
+        scaled(&from_table(nibbles(&bytes_at(block, 2))), numbers, half_at(block, 0));
     }
 }
 
-/// Numbers of 4 bits that index [`IQ4_NUMBERS`].
+/// What codes of 4 bits stand for in [`IQ4_NUMBERS`]: chosen bit by bit, which vectors can do and looking up they can't.
 #[inline(always)]
-pub(super) fn from_table(codes: &[u8; 16], numbers: &mut [f32; 32], scale: f32) {
-    for i in 0..16 {
-        numbers[i] = IQ4_NUMBERS[usize::from(codes[i] & 15)] * scale;
-        numbers[i + 16] = IQ4_NUMBERS[usize::from(codes[i] >> 4)] * scale;
+pub(super) fn from_table(mut codes: [u8; 32]) -> [u8; 32] {
+    for code in &mut codes {
+        let mask = |bit: u8| (*code >> bit & 1).wrapping_neg();
+        let choose = |zero: u8, one: u8, mask: u8| zero ^ (zero ^ one) & mask;
+        let masks = [mask(0), mask(1), mask(2), mask(3)];
+        let pair = |at: usize| choose(IQ4_NUMBERS[at] as u8, IQ4_NUMBERS[at + 1] as u8, masks[0]);
+        let four = |at: usize| choose(pair(at), pair(at + 2), masks[1]);
+        let eight = |at: usize| choose(four(at), four(at + 4), masks[2]);
+        *code = choose(eight(0), eight(8), masks[3]);
     }
+    codes
 }
 
 impl Block<17, 32> for Mxfp4 {
     #[inline(always)]
     fn widen(block: &[u8; 17], numbers: &mut [f32; 32]) {
-        let scale = e8m0(block[16]);
-        let codes: [u8; 16] = bytes_at(block, 0);
-        for i in 0..16 {
-            numbers[2 * i] = e2m1(u32::from(codes[i] & 15)) * scale;
-            numbers[2 * i + 1] = e2m1(u32::from(codes[i] >> 4)) * scale;
+        let mut codes = pairs(&bytes_at(block, 0));
+        for code in &mut codes {
+            *code = twice_e2m1(*code);
         }
+        scaled(&codes, numbers, e8m0(block[16]) * 0.5);
     }
 }
 
-/// A sign, two bits of exponent and one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4 or 6, with a sign.
+/// Twice what a code of a sign, two bits of exponent and one of mantissa stands for: 0, 1, 2, 3, 4, 6, 8 or 12, with a sign.
 #[inline(always)]
-fn e2m1(code: u32) -> f32 {
-    let magnitude = (code & 7) << 22;
-    let normal = f32::from_bits(magnitude + (126 << 23));
-    // The two lowest have no leading one: give them one and take it away as a number.
-    let subnormal = f32::from_bits(magnitude + (127 << 23)) - 1.0;
-    let value = if code & 6 == 0 { subnormal } else { normal };
-    f32::from_bits(value.to_bits() | (code & 8) << 28)
+fn twice_e2m1(code: u8) -> u8 {
+    let all_if = |bit: u8| (code >> bit & 1).wrapping_neg();
+    let low = code & 3;
+    // The upper four are 4, 6, 8 and 12: themselves and 0, 1, 2 or 5 more.
+    let more = low + (low & low << 1 & 2);
+    let value = (code & 7) + (more & all_if(2));
+    (value ^ all_if(3)).wrapping_sub(all_if(3))
 }
 
 /// `2^(exponent - 127)`: an f32 with that exponent, except for the lowest, which is a subnormal one. The highest stands
@@ -220,10 +275,9 @@ mod tests {
 
     #[test]
     fn mxfp4_is_read_as_the_standard_says() {
-        const NUMBERS: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
-        for (code, expected) in NUMBERS.into_iter().enumerate() {
-            assert_eq!(e2m1(code as u32).to_bits(), expected.to_bits());
-            assert_eq!(e2m1(code as u32 + 8).to_bits(), (-expected).to_bits());
+        for (code, expected) in [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0].into_iter().enumerate() {
+            assert_eq!(f32::from(twice_e2m1(code as u8) as i8) / 2.0, expected);
+            assert_eq!(f32::from(twice_e2m1(code as u8 + 8) as i8) / 2.0, -expected);
         }
         assert_eq!([0, 1, 126, 254].map(e8m0), [2f32.powi(-127), 2f32.powi(-126), 0.5, 2f32.powi(127)]);
         assert_eq!(e8m0(255), f32::INFINITY);

@@ -36,14 +36,11 @@ impl WithSimd for Widening<'_> {
 #[inline(always)]
 fn e4m3(code: u8) -> f32 {
     /// From that bias to an f32's.
-    const REBIAS: u32 = (127 - 7) << 23;
-    let magnitude = u32::from(code & 0x7F) << 20;
-    let normal = magnitude + REBIAS;
-    // Subnormals have no leading one: give them one and take it away as a number.
-    let subnormal = f32::from_bits(normal + (1 << 23)) - f32::from_bits(REBIAS + (1 << 23));
-    let bits = if code & 0x78 == 0 { subnormal.to_bits() } else { normal };
-    let bits = if code & 0x7F == 0x7F { f32::NAN.to_bits() } else { bits };
-    f32::from_bits(bits | u32::from(code & 0x80) << 24)
+    const REBIAS: f32 = f32::from_bits((127 + 127 - 7) << 23);
+    // An f32 has the same parts, further up; also of subnormals, which are rare: numbers are scaled to use the whole range.
+    let bits = i32::from(code as i8) << 20 & (0x87F0_0000_u32 as i32);
+    let number = f32::from_bits(bits as u32) * REBIAS;
+    if bits & 0x07F0_0000 == 0x07F0_0000 { f32::NAN } else { number }
 }
 
 #[cfg(test)]

@@ -1,0 +1,171 @@
+//! The fixtures with their matrices quantized at load, and their edges.
+//!
+//! A block's error is measured with the reference's own input, so that blocks are judged one by one. A token's error is the
+//! root mean square of what the output is off by, divided by that of what the block adds to the residual stream; a
+//! block's is that of the middle one of its tokens, because a router that sees two experts as nearly equal may choose
+//! the other, and then a token's output is another one altogether.
+
+use helion::model::spec::TensorSpec;
+
+use super::*;
+
+const QUANTS: [Quant; 5] = [Quant::None, Quant::Q8_0, Quant::Q6K, Quant::Q4K, Quant::Q4_0];
+
+/// The largest error that a block may have.
+///
+/// A format rounds the numbers of a block of 32 in steps of its largest number's 127th (q8_0) or 8th (q4_0), which is 2.1
+/// standard deviations where they have a normal distribution: an error of 2.1 / 127 / √12 = 0.5 % or 2.1 / 8 / √12 = 7.6 %
+/// of a standard deviation. A product of independent errors is off by the same share. What a block adds has gone
+/// through four products, one behind the other (values, output, gate and up, down), and as many errors add up to twice
+/// the share; what comes through the softmax, which the fixtures' large weights make sharp, is taken to be as much
+/// again, and a block may be half as much worse than others. The rows are 64 wide, so that q6_k and q4_k fall
+/// back to q8_0 and q4_0.
+fn bound(quant: Quant) -> f64 {
+    match quant {
+        Quant::Auto | Quant::None => 1e-4,
+        Quant::Q8_0 | Quant::Q6K => 6.0 * 0.005,
+        Quant::Q4_0 | Quant::Q4K => 6.0 * 0.076,
+    }
+}
+
+fn root_mean_square(numbers: impl Iterator<Item = f32>) -> f64 {
+    let squares: Vec<f64> = numbers.map(|x| f64::from(x).powi(2)).collect();
+    (squares.iter().sum::<f64>() / squares.len() as f64).sqrt()
+}
+
+/// The worst block of a fixture.
+fn worst_error(family: &str, quant: Quant) -> f64 {
+    let golden = Golden { quant, ..Golden::load(family) };
+    let prompt = golden.prompt();
+    let cuts: Vec<usize> = (1..golden.blocks()).collect();
+    let errors = golden.engines(&cuts, Dtype::F32).into_iter().enumerate().map(|(block, engine)| {
+        let packed = match quant {
+            Quant::Q8_0 | Quant::Q6K => "q8_0",
+            Quant::Q4_0 | Quant::Q4K => "q4_0",
+            Quant::Auto | Quant::None => "none",
+        };
+        assert_eq!(engine.quantization(), packed);
+        let (input, expected) =
+            (golden.floats(&format!("hidden.{block}")), golden.floats(&format!("hidden.{}", block + 1)));
+        let width = input.len() / prompt.len();
+        let hidden = HiddenStates::from_f32(Dtype::F32, width, &input);
+        let output = Chain::new(&[engine]).step(&lane(0, prompt.len()), hidden, Keep::All).pop().unwrap().to_f32();
+        let rows = output.chunks(width).zip(expected.chunks(width)).zip(input.chunks(width));
+        let mut errors: Vec<f64> = rows
+            .map(|((output, expected), input)| {
+                let error = root_mean_square(output.iter().zip(expected).map(|(a, b)| a - b));
+                error / root_mean_square(expected.iter().zip(input).map(|(a, b)| a - b))
+            })
+            .collect();
+        errors.sort_by(f64::total_cmp);
+        errors[errors.len() / 2]
+    });
+    errors.fold(0.0, f64::max)
+}
+
+fn stays_near_the_reference(family: &str) {
+    for quant in QUANTS {
+        let error = worst_error(family, quant);
+        assert!(error < bound(quant), "{family} in {quant}: {error}");
+        // Not quantized at all would be nearer.
+        assert!(quant == Quant::None || error > bound(quant) / 40.0, "{family} in {quant}: {error}");
+    }
+}
+
+/// Whatever the format, any cut and any chunks give the same bits.
+fn cuts_and_chunks_change_nothing(family: &str, quant: Quant) {
+    let golden = Golden { quant, ..Golden::load(family) };
+    let edges = golden.edges(Dtype::Bf16);
+    let prompt = golden.prompt();
+    let whole = golden.engines(&[], Dtype::Bf16);
+    let expected = prefill(&mut Chain::new(&whole), &edges, &prompt, prompt.len(), Dtype::Bf16);
+    for cut in [1, golden.blocks() / 2] {
+        let engines = golden.engines(&[cut], Dtype::Bf16);
+        for chunk in [1, 7, prompt.len()] {
+            let found = prefill(&mut Chain::new(&engines), &edges, &prompt, chunk, Dtype::Bf16);
+            assert!(found == expected, "{family} in {quant}: cut at {cut}, chunks of {chunk}");
+        }
+    }
+}
+
+macro_rules! families {
+    ($($name:ident: $fixture:literal,)*) => {$(
+        #[test]
+        fn $name() {
+            stays_near_the_reference($fixture);
+            for quant in [Quant::Q8_0, Quant::Q4_0] {
+                cuts_and_chunks_change_nothing($fixture, quant);
+            }
+        }
+    )*};
+}
+
+families! {
+    llama: "llama",
+    mistral: "mistral",
+    qwen2: "qwen2",
+    qwen3: "qwen3",
+    mixtral: "mixtral",
+    qwen3_moe: "qwen3_moe",
+    phi: "phi",
+    phi3: "phi3",
+    gemma3: "gemma3",
+    gemma3_text: "gemma3_text",
+    gpt_oss: "gpt_oss",
+    falcon_7b: "falcon-7b-style",
+    falcon_40b: "falcon-40b-style",
+    falcon_rw: "falcon-rw-style",
+    bloom: "bloom",
+}
+
+#[test]
+fn quantized_matrices_take_the_memory_that_their_format_says() {
+    for (quant, bytes_of_32) in [(Quant::None, 64), (Quant::Q8_0, 34), (Quant::Q4_0, 18)] {
+        let golden = Golden { quant, ..Golden::load("llama") };
+        let spec = golden.checkpoint.spec();
+        let size = |tensor: &TensorSpec| match tensor.shape[..] {
+            // The matrix that reads a row of 112 numbers can't be cut into blocks of 32.
+            [rows, columns] if columns % 32 == 0 => rows * columns / 32 * bytes_of_32,
+            [rows, columns] => rows * columns * 2,
+            _ => tensor.elements() * 4,
+        };
+        let blocks: usize = (0..golden.blocks()).flat_map(|block| spec.block_tensors(block)).map(|it| size(&it)).sum();
+        let edges: usize = spec.edge_tensors().iter().map(size).sum();
+        assert_eq!(golden.engine(0..golden.blocks(), Dtype::Bf16).loaded_bytes(), blocks as u64, "{quant}");
+        assert_eq!(golden.edges(Dtype::Bf16).loaded_bytes(), edges as u64, "{quant}");
+    }
+}
+
+#[test]
+fn edges_are_quantized_too() {
+    for family in ["llama", "gemma3", "qwen2"] {
+        let golden = Golden::load(family);
+        let prompt = golden.prompt();
+        let last = golden.floats(&format!("hidden.{}", golden.blocks()));
+        let (embedding, logits) = (golden.floats("hidden.0"), golden.floats("logits"));
+        let hidden = HiddenStates::from_f32(Dtype::F32, last.len() / prompt.len(), &last);
+        for (quant, share) in [(Quant::Q8_0, 0.005), (Quant::Q4_0, 0.076)] {
+            let edges = Golden { quant, ..Golden::load(family) }.edges(Dtype::F32);
+            let off = |found: &[f32], expected: &[f32]| {
+                let error = root_mean_square(found.iter().zip(expected).map(|(a, b)| a - b));
+                error / root_mean_square(expected.iter().copied())
+            };
+            let embedded = edges.embed(&prompt, Dtype::F32).unwrap().to_f32();
+            for error in [off(&embedded, &embedding), off(&edges.logits(&hidden).unwrap(), &logits)] {
+                assert!(error > share / 3.0 && error < 2.0 * share, "{family} in {quant}: {error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn mxfp4_stays_unless_something_else_is_asked_for() {
+    let load = |quant: Quant| {
+        let golden = Golden { quant, ..Golden::load("gpt_oss") };
+        let engine = golden.engine(0..golden.blocks(), Dtype::Bf16);
+        (engine.quantization(), engine.loaded_bytes())
+    };
+    let (auto, none, q8) = (load(Quant::Auto), load(Quant::None), load(Quant::Q8_0));
+    assert_eq!((auto.0, none.0, q8.0), ("mxfp4", "none", "q8_0"));
+    assert!(auto.1 < q8.1 && q8.1 < none.1);
+}
