@@ -6,6 +6,7 @@
 
 mod gguf;
 mod quantized;
+mod packed;
 mod variants;
 
 use std::{
