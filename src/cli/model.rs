@@ -153,30 +153,19 @@ fn described(found: &Inspection) -> String {
         line(&format!("KV in {dtype}"), format!("{} bytes a token and block, {} in all blocks", kv.block, kv.all));
     }
     let fits = &found.fits;
-    let _ = writeln!(
-        text,
-        "\n{:<10} {:>12} {:>12} {:>12}  {}",
-        "format", "a block", "all blocks", "edges", "blocks that fit here"
-    );
-    let stored = format!(
-        "{:<10} {:>12} {:>12} {:>12}",
-        "as stored",
-        Bytes(found.stored.block_bytes).to_string(),
-        "",
-        Bytes(found.stored.edges_bytes).to_string()
-    );
-    let _ = writeln!(text, "{}", stored.trim_end());
+    text.push('\n');
+    let mut row = |[format, block, all, edges, fit]: [&str; 5]| {
+        let _ = writeln!(text, "{}", format!("{format:<10} {block:>12} {all:>12} {edges:>12}  {fit}").trim_end());
+    };
+    row(["format", "a block", "all blocks", "edges", "blocks that fit here"]);
+    let [block, edges] = [found.stored.block_bytes, found.stored.edges_bytes].map(|bytes| Bytes(bytes).to_string());
+    row(["as stored", &block, "", &edges, ""]);
     for (format, bytes) in &found.block_bytes {
-        let of =
-            |sizes: &std::collections::BTreeMap<&str, u64>| Bytes(sizes.get(format).copied().unwrap_or(0)).to_string();
-        let (all, edges) = (of(&found.all_blocks_bytes), of(&found.edges_bytes));
-        let fit = fits.blocks.get(format).copied().unwrap_or(0);
-        let _ = writeln!(
-            text,
-            "{format:<10} {:>12} {all:>12} {edges:>12}  {fit} of {}",
-            Bytes(*bytes).to_string(),
-            found.blocks
-        );
+        let all = found.all_blocks_bytes.get(format).copied().unwrap_or(0);
+        let edges = found.edges_bytes.get(format).copied().unwrap_or(0);
+        let [block, all, edges] = [*bytes, all, edges].map(|bytes| Bytes(bytes).to_string());
+        let fit = format!("{} of {}", fits.blocks.get(format).copied().unwrap_or(0), found.blocks);
+        row([format, &block, &all, &edges, &fit]);
     }
     let _ = writeln!(
         text,

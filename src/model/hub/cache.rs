@@ -17,6 +17,7 @@ use std::{
     fs::{self, File},
     io::{self, Write},
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use super::listing::{Listing, is_commit};
@@ -142,18 +143,15 @@ impl RepositoryCache {
     pub(super) fn link(&self, commit: &str, file: &str, blob: &str) -> io::Result<()> {
         let dir = self.snapshot(commit);
         fs::create_dir_all(&dir)?;
-        let (link, draft) = (dir.join(file), dir.join(format!(".{file}.{}.draft", std::process::id())));
-        match fs::remove_file(&draft) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+        let link = dir.join(file);
+        let draft = draft_of(&link);
         // Relative, so that the cache can be moved.
         #[cfg(unix)]
         std::os::unix::fs::symlink(Path::new("../../blobs").join(blob), &draft)?;
         // Symbolic links take a privilege there.
         #[cfg(not(unix))]
         fs::hard_link(self.blob(blob), &draft)?;
-        fs::rename(draft, link)
+        fs::rename(&draft, link).inspect_err(|_| drop(fs::remove_file(&draft)))
     }
 
     /// Removes a content, and the links that lead to it.
@@ -206,13 +204,20 @@ pub(super) fn gone(removed: io::Result<()>) -> io::Result<()> {
     }
 }
 
+/// A name beside a file's, for what will replace it: another one each time, in all processes.
+fn draft_of(path: &Path) -> PathBuf {
+    static DRAFTS: AtomicU64 = AtomicU64::new(0);
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let number = DRAFTS.fetch_add(1, Ordering::Relaxed);
+    path.with_file_name(format!(".{name}.{}.{number}.draft", std::process::id()))
+}
+
 /// Writes a file so that a reader sees the old or the new content and nothing between.
 pub(super) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     if let Some(dir) = path.parent() {
         fs::create_dir_all(dir)?;
     }
-    let mut draft = path.as_os_str().to_owned();
-    draft.push(format!(".{}.draft", std::process::id()));
+    let draft = draft_of(path);
     let written = File::create(&draft).and_then(|mut file| {
         file.write_all(content)?;
         file.sync_all()

@@ -126,6 +126,8 @@ impl Download<'_> {
     async fn fill(&self, mut partial: Partial) -> Result<Partial, HubError> {
         let url = self.access.file_url(self.cache.model(), self.commit, &self.file.name);
         let mut retry = Retry::default();
+        // Without ranges every attempt starts anew: only one that comes further than all before is progress.
+        let mut reached = partial.length();
         while self.file.size.is_none_or(|size| partial.length() < size) {
             let before = partial.length();
             let ask = Ask { model: self.cache.model(), revision: None, url: &url, from: before, to: None };
@@ -143,7 +145,8 @@ impl Download<'_> {
             let start = partial.length();
             let failure;
             (partial, failure) = self.drain(partial, &mut response).await?;
-            if partial.length() > start {
+            if partial.length() > reached {
+                reached = partial.length();
                 retry.progressed();
             }
             let failure = match (failure, self.file.size) {
