@@ -1,7 +1,7 @@
-//! Settings that no fixture has: the fixtures' weights with changed configurations (see `generate.py` beside the expected
-//! outputs), and gpt-oss without quantization.
+//! Settings that no fixture has: the checkpoints in `tests/fixtures/variants` (made by `generate.py` there), and gpt-oss
+//! without quantization.
 
-use std::{fs, path::Path};
+use std::{collections::BTreeSet, fs, path::Path};
 
 use safetensors::{Dtype as StoredDtype, tensor::TensorView};
 use serde_json::Value;
@@ -30,44 +30,82 @@ fn read_json(path: &Path) -> Value {
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
 
-fn floats(value: &Value) -> Vec<f32> {
-    value.as_array().unwrap().iter().map(|number| number.as_f64().unwrap() as f32).collect()
+/// One prompt of a variant, and what transformers made of it.
+struct Case {
+    prompt: Vec<u32>,
+    golden: Golden,
 }
 
-/// The last position of a short prompt and of a long one against the reference; and any chunks, any cut and any size of a
-/// pass against each other, where the steps state the prompt's length.
-fn matches_the_reference(variant: &str) {
-    let expected = read_json(&fixture("variants").join(format!("{variant}.json")));
-    let family = expected["family"].as_str().unwrap();
-    let dir = changed(family, &expected["changes"]);
-    let golden = Golden { checkpoint: Checkpoint::open(dir.path()).unwrap(), ..Golden::load(family) };
-    let edges = golden.edges(Dtype::F32);
-    let (whole, cut) = (golden.engines(&[], Dtype::F32), golden.engines(&[1], Dtype::F32));
-    let options =
-        EngineOptions { cache_tokens: 1024, batch_tokens: 8, ..EngineOptions::new(0..golden.blocks(), Dtype::F32) };
-    let narrow = [Engine::load(&golden.checkpoint, options, &mut |_, _| {}).unwrap()];
-    for case in expected["cases"].as_array().unwrap() {
-        let count = case["tokens"].as_u64().unwrap() as usize;
-        let prompt = &golden.prompt()[..count];
-        let all = prefill(&mut Chain::new(&whole), &edges, prompt, count, Dtype::F32);
-        let row = all.len() / count;
-        let values: Vec<f32> = all.chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect();
-        let width = row / 4;
-        assert_close(
-            &values[values.len() - width..],
-            &floats(&case["hidden"]),
-            &format!("{count} tokens, hidden state"),
-        );
-        let last = HiddenStates::from_f32(Dtype::F32, width, &values[values.len() - width..]);
-        assert_close(&edges.logits(&last).unwrap(), &floats(&case["logits"]), &format!("{count} tokens, logits"));
+impl Case {
+    /// All prompts of a variant.
+    fn all(variant: &str) -> Vec<Self> {
+        let all = Golden::load(&format!("variants/{variant}"));
+        let lengths: BTreeSet<&str> = all.tensors.keys().map(|name| name.split_once('.').unwrap().0).collect();
+        let of = |length: &str| {
+            let tensors = all.tensors.iter().filter_map(|(name, tensor)| {
+                let name = name.strip_prefix(length)?.strip_prefix('.')?;
+                Some((name.to_owned(), tensor.clone()))
+            });
+            let checkpoint = Checkpoint::open(&fixture("variants").join(variant)).unwrap();
+            let golden = Golden { checkpoint, tensors: tensors.collect() };
+            Self { prompt: golden.prompt(), golden }
+        };
+        lengths.into_iter().map(of).collect()
+    }
+}
 
-        assert!(
-            prefill(&mut Chain::new(&narrow), &edges, prompt, count, Dtype::F32) == all,
-            "{count} tokens, passes of 8"
-        );
-        for chunk in [1, 7, count] {
-            let mut chain = Chain { rope_length: Some(count), ..Chain::new(&cut) };
-            assert!(prefill(&mut chain, &edges, prompt, chunk, Dtype::F32) == all, "{count} tokens, chunks of {chunk}");
+/// Continues a prompt as a client does: the prompt's chunks state its length, each further token its own, and where all
+/// positions change everything is computed anew.
+fn generated(engines: &[Engine], edges: &Edges, prompt: &[u32], chunk: usize, count: usize) -> Vec<u32> {
+    let boundary = engines[0].spec().position_boundary();
+    let mut chain = Chain::new(engines);
+    let mut ids = prompt.to_vec();
+    let mut done = 0;
+    while ids.len() < prompt.len() + count {
+        if boundary == Some(done) {
+            done = 0;
+        }
+        chain.rope_length = Some(ids.len());
+        let mut last = Vec::new();
+        for ids in ids[done..].chunks(chunk) {
+            let hidden = edges.embed(ids, Dtype::F32).unwrap();
+            let output = chain.step(&lane(done, ids.len()), hidden, Keep::LastOfEachLane).pop().unwrap();
+            last = edges.logits(&output).unwrap();
+            done += ids.len();
+        }
+        ids.push(argmax(&last));
+    }
+    ids
+}
+
+/// Hidden states after every block, logits and greedy ids; and any chunks, any cut and any size of a pass against each
+/// other.
+fn matches_the_reference(variant: &str) {
+    for Case { prompt, golden } in Case::all(variant) {
+        let count = prompt.len();
+        let edges = golden.edges(Dtype::F32);
+        let cuts: Vec<usize> = (1..golden.blocks()).collect();
+        let (whole, single) = (golden.engines(&[], Dtype::F32), golden.engines(&cuts, Dtype::F32));
+        let mut chain = Chain { rope_length: Some(count), ..Chain::new(&single) };
+        let outputs = chain.step(&lane(0, count), edges.embed(&prompt, Dtype::F32).unwrap(), Keep::All);
+        for (block, output) in outputs.iter().enumerate() {
+            let what = format!("{count} tokens, block {block}");
+            assert_close(&output.to_f32(), &golden.floats(&format!("hidden.{block}")), &what);
+        }
+        let last = outputs.last().unwrap();
+        assert_close(&edges.logits(last).unwrap(), &golden.floats("logits"), &format!("{count} tokens, logits"));
+        let expected = &golden.ids("greedy_ids")[0];
+        let new = expected.len() - count;
+        assert_eq!(&generated(&whole, &edges, &prompt, count, new), expected, "{count} tokens");
+        assert_eq!(&generated(&single, &edges, &prompt, 7, new), expected, "{count} tokens, chunks of 7");
+
+        let options =
+            EngineOptions { cache_tokens: 1024, batch_tokens: 8, ..EngineOptions::new(0..golden.blocks(), Dtype::F32) };
+        let narrow = [Engine::load(&golden.checkpoint, options, &mut |_, _| {}).unwrap()];
+        for (engines, chunk) in [(&narrow[..], count), (&single, 1), (&single, 7), (&whole, 11)] {
+            let mut chain = Chain { rope_length: Some(count), ..Chain::new(engines) };
+            let found = prefill(&mut chain, &edges, &prompt, chunk, Dtype::F32);
+            assert!(found == last.bytes, "{count} tokens, {} hops, chunks of {chunk}", engines.len());
         }
     }
 }
@@ -83,12 +121,29 @@ macro_rules! variants {
 
 variants! {
     llama_with_dynamic_positions: "llama-dynamic",
-    llama_with_linear_positions: "llama-linear",
-    llama_with_yarn: "llama-yarn",
     phi3_with_longrope: "phi3-longrope",
-    bloom_with_residuals_after_norms: "bloom-after-norm",
-    qwen3_moe_without_normalised_weights: "qwen3_moe-probabilities",
-    gemma3_with_other_windows_and_a_cap: "gemma3_text-capped",
+    qwen2_with_yarn_and_late_windows: "qwen2-yarn",
+    qwen3_with_typed_blocks: "qwen3-typed",
+    mistral_with_a_short_window: "mistral-windowed",
+    mixtral_with_one_expert_a_token: "mixtral-single",
+    qwen3_moe_with_dense_blocks: "qwen3_moe-sparse",
+    phi_with_normalised_heads: "phi-normed",
+    gemma3_text_with_caps: "gemma3_text-capped",
+    gemma3_with_positions_by_type: "gemma3-nested",
+    gpt_oss_without_biases: "gpt_oss-plain",
+    falcon_as_the_11b: "falcon-11b-style",
+    falcon_with_linear_biases: "falcon-alibi",
+    bloom_with_residuals_after_norms: "bloom-split",
+}
+
+/// Every variant's folder is tested.
+#[test]
+fn no_variant_is_forgotten() {
+    let source = include_str!("variants.rs");
+    for entry in fs::read_dir(fixture("variants")).unwrap().flatten().filter(|entry| entry.path().is_dir()) {
+        let name = entry.file_name().into_string().unwrap();
+        assert!(source.contains(&format!("\"{name}\",")), "{name}");
+    }
 }
 
 /// The stacked experts of gpt-oss as bf16 numbers, each matrix transposed, which is how a converted checkpoint has them.
