@@ -243,6 +243,8 @@ fn environment(templates: BTreeMap<String, String>) -> Result<Environment<'stati
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.set_fuel(Some(FUEL));
     environment.add_filter("tojson", python::tojson);
+    environment.add_test("iterable", python::is_iterable);
+    environment.add_test("sequence", python::is_sequence);
     environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Raised(message)))
     });
@@ -412,6 +414,9 @@ mod tests {
             "None True [1, 'a', None] {'a': 1.0}"
         );
         assert_eq!(render("{{ messages[::-1][0]['content'][1:] }}|{{ 'a,b'.split(',')[-1] }}").unwrap(), "i|b");
+        let kinds =
+            "{% for x in [none, 'a', [1], {'a': 1}, 1, y] %}{{ x is iterable }} {{ x is sequence }} {% endfor %}";
+        assert_eq!(render(kinds).unwrap(), "False False True True True True True True False False True True ");
         assert_eq!(
             render("{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}x{% endfor %}").unwrap(),
             ""

@@ -1,8 +1,12 @@
-//! JSON as Python's `json.dumps` writes it, for the `tojson` of chat templates.
+//! What chat templates get from Python: JSON as its `json.dumps` writes it, for `tojson`, and its notions of kinds of
+//! values.
 //!
 //! Models were trained on exactly these bytes, so separators, escapes and the spelling of numbers are Python's.
 
-use minijinja::{Error, ErrorKind, Value, value::Kwargs};
+use minijinja::{
+    Error, ErrorKind, Value,
+    value::{Kwargs, ValueKind},
+};
 use serde_json::Value as Json;
 
 /// How the text is laid out.
@@ -47,6 +51,17 @@ pub(super) fn tojson(
     arguments.assert_all_used()?;
     let json = serde_json::to_value(value).map_err(|error| invalid(&format!("tojson: {error}")))?;
     Ok(layout.text_of(&json, 0))
+}
+
+/// The test `iterable`: unlike minijinja's, not true of none. Templates ask it of what may be no list of tools.
+pub(super) fn is_iterable(value: &Value) -> bool {
+    !value.is_none() && value.try_iter().is_ok()
+}
+
+/// The test `sequence`: whatever has a length and items, which in Python texts and dicts have, too.
+pub(super) fn is_sequence(value: &Value) -> bool {
+    let kinds = [ValueKind::Seq, ValueKind::String, ValueKind::Map, ValueKind::Undefined];
+    kinds.contains(&value.kind())
 }
 
 fn invalid(message: &str) -> Error {
