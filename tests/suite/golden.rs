@@ -5,8 +5,8 @@
 //! compared bit for bit.
 
 mod gguf;
-mod quantized;
 mod packed;
+mod quantized;
 mod variants;
 
 use std::{

@@ -47,7 +47,7 @@ impl Case {
                 Some((name.to_owned(), tensor.clone()))
             });
             let checkpoint = Checkpoint::open(&fixture("variants").join(variant)).unwrap();
-            let golden = Golden { checkpoint, tensors: tensors.collect() };
+            let golden = Golden { checkpoint, tensors: tensors.collect(), quant: Quant::Auto };
             Self { prompt: golden.prompt(), golden }
         };
         lengths.into_iter().map(of).collect()
