@@ -46,7 +46,7 @@
 //!         session::Patience,
 //!     },
 //!     engine::DeviceChoice,
-//!     model::{hub::HubOptions, source::ModelSource},
+//!     model::{Quant, hub::HubOptions, source::ModelSource},
 //!     swarm::{Role, SwarmConfig, identity::Identity},
 //! };
 //!
@@ -54,7 +54,7 @@
 //! let source = ModelSource::open("path/to/model", HubOptions::default()).await?;
 //! let identity = ModelIdentity::of(&source).await?;
 //! let checkpoint = source.fetch_edges().await?;
-//! let choice = EdgesChoice { dtype: None, device: DeviceChoice::Auto };
+//! let choice = EdgesChoice { dtype: None, quant: Quant::Auto, device: DeviceChoice::Auto };
 //! let model = Arc::new(LocalModel::load(&checkpoint, identity, choice)?);
 //!
 //! let network = SwarmConfig {
