@@ -19,7 +19,7 @@ use helion::{
     client::{
         Client,
         local_model::{EdgesChoice, LocalModel, ModelIdentity},
-        session::{Patience, Step, Want},
+        session::{Input, Patience, Step, Want},
     },
     engine::{DeviceChoice, Edges, Engine, EngineOptions, HiddenStates, Job, Keep, LaneRun},
     model::{Dtype, Quant, hub::HubOptions, source::ModelSource},
@@ -148,7 +148,7 @@ async fn decode_through(client: &Client) -> anyhow::Result<Vec<TokenTime>> {
         let mut in_edges = begun.elapsed();
         session.send(Step {
             lanes: vec![LaneRun { lane: 0, position, tokens: input.len() }],
-            hidden,
+            input: Input::Rows(hidden),
             want: Want::Last,
             rope_length: None,
         })?;

@@ -4,6 +4,8 @@
 //! [`route`], opens a [`session`] on its hops and generates ([`generation`]): tokens are embedded here, run through the
 //! blocks of the hops, and come back as hidden states that the head turns into logits and [`sampling`] into the next token.
 
+mod backoff;
+mod choice;
 pub mod generation;
 mod inbox;
 pub mod local_model;
@@ -16,29 +18,29 @@ pub mod stop;
 pub mod view;
 
 use std::{
-    collections::{HashMap, HashSet},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use libp2p::PeerId;
 
-pub use self::inbox::Traffic;
+pub use self::{
+    choice::{BadRoute, PeerRules},
+    inbox::Traffic,
+};
 use self::{
+    backoff::Backoff,
     inbox::Inbox,
     local_model::LocalModel,
     observer::Observer,
-    route::Candidate,
     sampling::{InvalidOption, SampleError},
-    session::{Patience, Route, RouteHop, Session, SessionError},
+    session::{Patience, Route, Session, SessionError},
     view::{Incomplete, SwarmView},
 };
 use crate::{
     engine::{EdgeError, LoadError},
     model::{chat::ChatError, generation::GenerationError, tokenizer::TokenizerError},
-    swarm::{
-        DiscoverError, JoinError, StartError, Swarm, SwarmConfig, announcement::Announcement, ticket::SessionLimits,
-    },
+    swarm::{DiscoverError, JoinError, StartError, Swarm, SwarmConfig, ticket::SessionLimits},
 };
 
 /// How many other routes are tried where a hop can't be reached or has no room.
@@ -46,15 +48,6 @@ const ROUTE_ATTEMPTS: usize = 4;
 
 /// How often an incomplete swarm is looked up again while waiting for it.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
-
-/// A block's time where a peer doesn't know its speed, seconds.
-const UNKNOWN_BLOCK_SECONDS: f64 = 1e-3;
-
-/// A one-way delay that was not measured, seconds.
-const UNKNOWN_LINK_SECONDS: f64 = 1.0;
-
-/// What passing a frame costs a hop besides the link's delay, seconds.
-const HOP_SECONDS: f64 = 3e-4;
 
 /// Why a client can't do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +58,9 @@ pub enum ClientError {
     /// The swarm does not cover the model.
     #[error(transparent)]
     Incomplete(Box<Incomplete>),
+    /// The route that the user wants can't be had.
+    #[error(transparent)]
+    Route(#[from] BadRoute),
     /// A session could not be opened, or was lost.
     #[error(transparent)]
     Session(#[from] SessionError),
@@ -107,6 +103,8 @@ pub struct Client {
     model: Arc<LocalModel>,
     inbox: Arc<Inbox>,
     patience: Patience,
+    rules: Arc<PeerRules>,
+    backoff: Arc<Mutex<Backoff>>,
 }
 
 impl Client {
@@ -123,7 +121,13 @@ impl Client {
         let inbox = Arc::new(Inbox::default());
         let swarm = observer::join(config, inbox.clone(), join_timeout).await?;
         let observer = Observer::of(swarm, model.identity().clone(), model.spec().num_blocks());
-        Ok(Self { observer, model, inbox, patience })
+        Ok(Self { observer, model, inbox, patience, rules: Arc::default(), backoff: Arc::default() })
+    }
+
+    /// Uses only hops that the rules allow.
+    #[must_use]
+    pub fn with_rules(self, rules: PeerRules) -> Self {
+        Self { rules: Arc::new(rules), ..self }
     }
 
     /// The network.
@@ -154,36 +158,79 @@ impl Client {
         self.patience
     }
 
-    /// Opens a session on the best route, or on the next best where a hop can't be reached or has no room. An incomplete
-    /// swarm is looked up again until `wait` is over.
+    pub(crate) fn rules(&self) -> &PeerRules {
+        &self.rules
+    }
+
+    fn backoff(&self) -> MutexGuard<'_, Backoff> {
+        // Nothing in the critical sections panics half-way.
+        self.backoff.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A peer failed: for a while others are chosen, where there are some.
+    pub(crate) fn failed(&self, peer: PeerId) {
+        self.observer.forget(peer);
+        self.backoff().failed(peer, Instant::now());
+    }
+
+    /// A peer did what it was asked.
+    pub(crate) fn succeeded(&self, peer: PeerId) {
+        self.backoff().succeeded(peer);
+    }
+
+    /// Whether another peer should be chosen.
+    pub(crate) fn avoids(&self, peer: PeerId, now: Instant) -> bool {
+        self.backoff().avoids(peer, now)
+    }
+
+    /// The peers that answer. What is known of them is enough, unless they are to be looked up.
+    pub(crate) async fn view(&self, look: bool) -> Result<SwarmView, ClientError> {
+        if !look && let Some(view) = self.observer.recent() {
+            return Ok(view);
+        }
+        let mut view = self.observer.look_up().await?;
+        self.observer.measure(&mut view, true).await;
+        view.leave_out_silent();
+        Ok(view)
+    }
+
+    /// Opens a session on the best route, or on the next best where a hop can't be reached or has no room. A warm client goes
+    /// by what it knows of the swarm; where that fails, or is not enough, it looks again. An incomplete swarm is looked up
+    /// until `wait` is over.
     ///
     /// # Errors
     /// [`Incomplete`] where blocks have no peer that answers, or the last attempt's error.
     pub async fn open_session(&self, limits: SessionLimits, wait: Duration) -> Result<(Session, Route), ClientError> {
         let started = Instant::now();
-        let mut avoid: HashSet<PeerId> = HashSet::new();
-        let mut last_error = None;
-        for _ in 0..ROUTE_ATTEMPTS {
-            let route = loop {
-                let mut view = self.observer.look_up().await?;
-                view.peers.retain(|peer| !avoid.contains(&peer.announcement.peer_id));
-                self.observer.measure(&mut view, true).await;
-                view.leave_out_silent();
-                match choose_route(&view) {
-                    Some(route) => break route,
-                    None if started.elapsed() < wait => tokio::time::sleep(LOOK_AGAIN).await,
-                    None => {
-                        return Err(last_error.unwrap_or_else(|| ClientError::Incomplete(Box::new(view.incomplete()))));
+        let mut last_error: Option<ClientError> = None;
+        let (mut look, mut attempts) = (false, 0);
+        while attempts < ROUTE_ATTEMPTS {
+            let view = self.view(look).await?;
+            // What is known may be out of date, so it is no reason to give up.
+            let is_last_word = std::mem::replace(&mut look, true) && started.elapsed() >= wait;
+            let route = match self.choose_route(&view) {
+                Ok(Some(route)) => route,
+                Ok(None) if is_last_word => {
+                    return Err(last_error.unwrap_or_else(|| ClientError::Incomplete(Box::new(view.incomplete()))));
+                }
+                Err(error) if is_last_word => return Err(last_error.unwrap_or(error.into())),
+                _ => {
+                    if started.elapsed() < wait {
+                        tokio::time::sleep(LOOK_AGAIN).await;
                     }
+                    continue;
                 }
             };
+            attempts += 1;
             match Session::open(self, &route, limits).await {
-                Ok(session) => return Ok((session, route)),
+                Ok(session) => {
+                    route.hops.iter().for_each(|hop| self.succeeded(hop.announcement.peer_id));
+                    return Ok((session, route));
+                }
                 Err(error) => match error.peer_to_avoid() {
                     Some(peer) => {
                         tracing::warn!(%error, "trying another route");
-                        self.observer.forget(peer);
-                        avoid.insert(peer);
+                        self.failed(peer);
                         last_error = Some(error.into());
                     }
                     None => return Err(error.into()),
@@ -193,32 +240,23 @@ impl Client {
         Err(last_error.unwrap_or_else(|| ClientError::Request("no route was tried".to_owned())))
     }
 
+    /// The user's route, or the fastest one; peers that failed of late have a part in it only where there is nobody else.
+    fn choose_route(&self, view: &SwarmView) -> Result<Option<Route>, BadRoute> {
+        if let Some(hops) = self.rules.given(view)? {
+            return Ok(Some(Route::new(hops)));
+        }
+        let now = Instant::now();
+        let allowed = |peer: PeerId| self.rules.allows(peer);
+        let good =
+            choice::fastest(view, 0..view.blocks, |peer| {
+                allowed(peer.announcement.peer_id) && !self.avoids(peer.announcement.peer_id, now)
+            });
+        let hops = good.or_else(|| choice::fastest(view, 0..view.blocks, |peer| allowed(peer.announcement.peer_id)));
+        Ok(hops.map(Route::new))
+    }
+
     /// Leaves the swarm.
     pub async fn stop(&self) {
         self.swarm().stop().await;
     }
-}
-
-/// The fastest route through the online peers of a view.
-fn choose_route(view: &SwarmView) -> Option<Route> {
-    let candidates: Vec<Candidate> = view
-        .online()
-        .map(|peer| {
-            let said = &peer.announcement;
-            let speed = said.compute_tokens_per_second * said.span.len() as f64;
-            Candidate {
-                peer: said.peer_id,
-                span: said.span.clone(),
-                link_seconds: peer.rtt.map_or(UNKNOWN_LINK_SECONDS, |rtt| rtt.as_secs_f64() / 2.0) + HOP_SECONDS,
-                block_seconds: if speed > 0.0 { 1.0 / speed } else { UNKNOWN_BLOCK_SECONDS },
-            }
-        })
-        .collect();
-    let announced: HashMap<PeerId, &Announcement> =
-        view.online().map(|peer| (peer.announcement.peer_id, &peer.announcement)).collect();
-    let hops = route::choose(view.blocks, &candidates)?
-        .into_iter()
-        .map(|hop| Some(RouteHop { announcement: (*announced.get(&hop.peer)?).clone(), blocks: hop.blocks }))
-        .collect::<Option<Vec<_>>>()?;
-    Some(Route::new(hops))
 }

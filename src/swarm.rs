@@ -21,6 +21,7 @@ mod driver;
 mod error;
 pub mod frame;
 mod handle;
+pub mod history;
 pub mod identity;
 mod known;
 mod link;

@@ -7,7 +7,7 @@ use rustyline::{DefaultEditor, error::ReadlineError};
 
 use super::{
     arguments::SwarmArgs,
-    generate::{GenerationArgs, chat_ids, connect_with, generate_shown, load_model},
+    generate::{GenerationArgs, RuleArgs, chat_ids, connect_with, generate_shown, load_model},
     output::{PrintError, Shown, print, say},
     signals::{Interrupted, Signals, Stop},
 };
@@ -28,6 +28,8 @@ pub(super) struct ChatArgs {
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
     #[command(flatten)]
+    rules: RuleArgs,
+    #[command(flatten)]
     generation: GenerationArgs,
 }
 
@@ -39,7 +41,7 @@ pub(super) async fn run(args: ChatArgs) -> anyhow::Result<()> {
         check_template(&model)?;
         connect_with(&args.swarm, model, args.generation.patience()).await
     };
-    let client = signals.guard(connecting).await?;
+    let client = signals.guard(connecting).await?.with_rules(args.rules.rules());
     let result = converse(&client, &options, args.system.as_deref(), &mut signals).await;
     client.stop().await;
     result

@@ -4,6 +4,7 @@ use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use clap::Args;
+use libp2p::PeerId;
 
 use super::{
     arguments::{SwarmArgs, Usage, client_network, count, seconds},
@@ -12,7 +13,7 @@ use super::{
 };
 use crate::{
     client::{
-        Client,
+        Client, PeerRules,
         generation::{Generation, GenerationOptions},
         local_model::{EdgesChoice, LocalModel, ModelIdentity},
         observer::Observer,
@@ -29,6 +30,8 @@ pub(super) struct GenerateArgs {
     swarm: SwarmArgs,
     #[command(flatten)]
     prompt: PromptArgs,
+    #[command(flatten)]
+    rules: RuleArgs,
     #[command(flatten)]
     pub(super) generation: GenerationArgs,
     /// Print one JSON object with the text, the ids, the timing and the route.
@@ -60,6 +63,30 @@ struct PromptArgs {
     /// Take the prompt as a user's message and write it as the model's chat template does.
     #[arg(long, conflicts_with = "input_ids")]
     chat: bool,
+}
+
+/// Which peers may be hops.
+#[derive(Debug, Clone, Default, Args)]
+pub(super) struct RuleArgs {
+    /// Go through these peers, in this order, instead of the fastest ones.
+    #[arg(long, value_name = "PEER_ID,…", value_delimiter = ',')]
+    route: Vec<PeerId>,
+    /// Use no other peers than these.
+    #[arg(long, value_name = "PEER_ID,…", value_delimiter = ',')]
+    allow_peers: Vec<PeerId>,
+    /// Don't use these peers.
+    #[arg(long, value_name = "PEER_ID,…", value_delimiter = ',')]
+    block_peers: Vec<PeerId>,
+}
+
+impl RuleArgs {
+    pub(super) fn rules(&self) -> PeerRules {
+        PeerRules {
+            route: self.route.clone(),
+            allow: self.allow_peers.iter().copied().collect(),
+            block: self.block_peers.iter().copied().collect(),
+        }
+    }
 }
 
 /// How to generate: shared with the chat.
@@ -107,6 +134,9 @@ pub(super) struct GenerationArgs {
     /// How long a step may take while all hops are alive, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = seconds(1))]
     step_timeout: u64,
+    /// How long to look for another peer where one is lost in the middle, seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = Patience::default().recovery.as_secs(), value_parser = seconds(0))]
+    recovery_wait: u64,
 }
 
 impl GenerationArgs {
@@ -135,7 +165,11 @@ impl GenerationArgs {
     }
 
     pub(super) fn patience(&self) -> Patience {
-        Patience { step: Duration::from_secs(self.step_timeout), ..Patience::default() }
+        Patience {
+            step: Duration::from_secs(self.step_timeout),
+            recovery: Duration::from_secs(self.recovery_wait),
+            ..Patience::default()
+        }
     }
 }
 
@@ -240,7 +274,8 @@ pub(super) async fn run(args: GenerateArgs) -> anyhow::Result<()> {
     let connecting = async {
         let model = load_model(&args.swarm).await?;
         let ids = args.prompt.ids(&model)?;
-        Ok((connect_with(&args.swarm, model, args.generation.patience()).await?, ids))
+        let client = connect_with(&args.swarm, model, args.generation.patience()).await?;
+        Ok((client.with_rules(args.rules.rules()), ids))
     };
     let (client, ids) = signals.guard(connecting).await?;
     let shown = match (args.json, args.json_stream) {

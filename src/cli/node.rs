@@ -94,6 +94,9 @@ pub(super) struct ServeArgs {
     /// How long a step may wait for its turn and for cache, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = SessionSettings::default().step_deadline.as_secs(), value_parser = seconds(1))]
     step_deadline: u64,
+    /// What to keep in memory of what sessions sent on, bytes: it is told to the peer that takes a lost next hop's place.
+    #[arg(long, value_name = "BYTES", default_value_t = SessionSettings::default().history_bytes)]
+    history_bytes: usize,
     /// A name that others see in `helion client status`.
     #[arg(long, value_name = "NAME", default_value = "")]
     public_name: String,
@@ -226,6 +229,7 @@ async fn prepare(args: &ServeArgs) -> anyhow::Result<(ModelSource, NodeOptions, 
         sessions: SessionSettings {
             max_sessions: args.max_sessions,
             step_deadline: Duration::from_secs(args.step_deadline),
+            history_bytes: args.history_bytes,
             ..SessionSettings::default()
         },
         beginning: args.listen.beginning(),

@@ -7,7 +7,7 @@ use safetensors::tensor::TensorView;
 
 use super::{
     arguments::{SwarmArgs, seconds},
-    generate::{connect, use_client},
+    generate::{RuleArgs, connect, use_client},
     output::say,
     signals::Signals,
 };
@@ -17,6 +17,8 @@ use crate::client::{Client, generation::GenerationOptions, session::Patience};
 pub(super) struct ScoreArgs {
     #[command(flatten)]
     swarm: SwarmArgs,
+    #[command(flatten)]
+    rules: RuleArgs,
     /// The token ids, separated by commas.
     #[arg(long, value_name = "ID,…", value_delimiter = ',', required = true)]
     input_ids: Vec<u32>,
@@ -37,7 +39,7 @@ pub(super) async fn run(args: ScoreArgs) -> anyhow::Result<()> {
         // Better now than when all is computed.
         anyhow::ensure!(directory.is_dir(), "{} can't be written: there is no such directory", args.out.display());
     }
-    let client = signals.guard(connect(&args.swarm, Patience::default())).await?;
+    let client = signals.guard(connect(&args.swarm, Patience::default())).await?.with_rules(args.rules.rules());
     use_client(&client, &mut signals, score(&client, &args)).await
 }
 

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::{
     Client, ClientError,
     sampling::{Sampler, SamplingOptions},
-    session::{Route, Session, Step, StepAnswer, Want},
+    session::{Input, Recovery, Route, Session, Step, StepAnswer, Want},
     stop::StopStrings,
 };
 use crate::{engine::LaneRun, model::tokenizer::TextStream, swarm::ticket::SessionLimits};
@@ -66,6 +66,19 @@ pub struct RouteEntry {
     pub span: [usize; 2],
 }
 
+/// A lost hop in a [`GenerationEvent`].
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RecoveryEntry {
+    /// Which hop of the route it was, counted from 1.
+    pub hop: usize,
+    /// Its peer.
+    pub lost: String,
+    /// Who runs its blocks now.
+    pub replacement: Vec<RouteEntry>,
+    /// From noticing the loss to the next answer.
+    pub ms: f64,
+}
+
 /// How many tokens.
 #[derive(Debug, Clone, Serialize)]
 pub struct Usage {
@@ -112,12 +125,19 @@ pub struct Generation {
 }
 
 /// What happens on the way.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum GenerationEvent {
     /// The route was chosen and the session is open.
     Route {
         /// Its hops.
+        route: Vec<RouteEntry>,
+    },
+    /// A hop was lost, and others took its place.
+    Recovery {
+        /// What happened.
+        recovery: RecoveryEntry,
+        /// All hops from now on.
         route: Vec<RouteEntry>,
     },
     /// A token was chosen.
@@ -155,8 +175,8 @@ impl Client {
         };
         let (mut session, route) = self.open_session(limits, options.wait).await?;
         let route_time = started.elapsed();
-        let entries = entries(&route);
-        on_event(GenerationEvent::Route { route: entries.clone() });
+        on_event(GenerationEvent::Route { route: entries(&route) });
+        let mut recoveries = 0;
 
         let mut writer = Writer {
             stream: Some(self.model().tokenizer().stream(prompt_ids)),
@@ -167,6 +187,7 @@ impl Client {
         let mut answer = self.prefill(&mut session, prompt_ids.chunks(options.prefill_chunk.max(1)), &mut None).await?;
         let mut first_token = None;
         let finish_reason = loop {
+            recoveries += tell_recoveries(&mut session, on_event);
             let logits = self.logits(&answer)?;
             let id = sampler.sample(&logits)?;
             first_token.get_or_insert_with(|| started.elapsed());
@@ -205,9 +226,9 @@ impl Client {
                     .then(|| (completion_tokens - 1) as f64 / decode_time.max(1e-9)),
                 total_ms: millis(total),
             },
-            route: entries,
-            recoveries: 0,
-            exact: route.is_uniform(),
+            route: entries(&session.route()),
+            recoveries,
+            exact: session.is_exact(),
         })
     }
 
@@ -278,7 +299,7 @@ impl Client {
                 };
                 session.send(Step {
                     lanes: vec![LaneRun { lane: 0, position, tokens: chunk.len() }],
-                    hidden: self.embed(session, chunk)?,
+                    input: Input::Tokens(chunk.to_vec()),
                     want,
                     rope_length: Some(tokens),
                 })?;
@@ -297,18 +318,13 @@ impl Client {
     }
 
     async fn decode(&self, session: &mut Session, id: u32, position: usize) -> Result<StepAnswer, ClientError> {
-        let hidden = self.embed(session, &[id])?;
         session.send(Step {
             lanes: vec![LaneRun { lane: 0, position, tokens: 1 }],
-            hidden,
+            input: Input::Tokens(vec![id]),
             want: Want::Last,
             rope_length: Some(position + 1),
         })?;
         Ok(session.receive().await?)
-    }
-
-    fn embed(&self, session: &Session, ids: &[u32]) -> Result<crate::engine::HiddenStates, ClientError> {
-        Ok(self.model().edges().embed(ids, session.wire_dtype())?)
     }
 
     /// The logits of an answer's rows. A large head is long arithmetic: then the runtime is told, so that other tasks go on
@@ -362,6 +378,25 @@ impl Writer {
         on_event(GenerationEvent::Token { token_id: id, text });
         Ok(if released.stopped { Some(FinishReason::Stop) } else { ends })
     }
+}
+
+/// Tells of the hops that were lost since the last answer. Returns how many there were.
+fn tell_recoveries(session: &mut Session, on_event: &mut (dyn FnMut(GenerationEvent) + Send)) -> usize {
+    let entry = |(peer, blocks): &(libp2p::PeerId, std::ops::Range<usize>)| RouteEntry {
+        peer_id: peer.to_string(),
+        span: [blocks.start, blocks.end],
+    };
+    let recoveries = session.take_recoveries();
+    for Recovery { hop, lost, replacement, took, route } in &recoveries {
+        let recovery = RecoveryEntry {
+            hop: *hop,
+            lost: lost.to_string(),
+            replacement: replacement.iter().map(entry).collect(),
+            ms: millis(*took),
+        };
+        on_event(GenerationEvent::Recovery { recovery, route: route.iter().map(entry).collect() });
+    }
+    recoveries.len()
 }
 
 /// A route as results name it.

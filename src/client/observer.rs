@@ -2,15 +2,19 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
-use futures::{StreamExt, stream::FuturesUnordered};
+use futures::{StreamExt, future::join_all, stream::FuturesUnordered};
 use libp2p::PeerId;
 
 use super::{ClientError, inbox::Inbox, local_model::ModelIdentity, view::SwarmView};
-use crate::swarm::{Swarm, SwarmConfig, announcement::Announcement, proto::rpc};
+use crate::swarm::{
+    Swarm, SwarmConfig,
+    announcement::{Announcement, unix_ms},
+    proto::rpc,
+};
 
 /// How long a peer has to answer a probe. One that is slower is not considered while others are there.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -22,8 +26,35 @@ const PROBE_GRACE: Duration = Duration::from_millis(150);
 /// Probes under way at a time: each may have to dial.
 const PROBES_AT_A_TIME: usize = 128;
 
-/// How long a measured round trip counts. A peer that died meanwhile is noticed when it is dialled.
+/// How long a measured round trip counts where a view is looked up.
 const RTT_LIFETIME: Duration = Duration::from_secs(30);
+
+/// What is known of the swarm is used for so long, as announcements count for minutes. A peer that died meanwhile is noticed
+/// when it is dialled, and costs a retry.
+const VIEW_LIFETIME: Duration = Duration::from_secs(600);
+
+/// What is older than this when it is used is renewed meanwhile, for the next time.
+const REFRESH_AFTER: Duration = Duration::from_secs(10);
+
+/// Peers that are asked for what they know, where the view is renewed. One knows nearly all; the others make up for one that lags.
+const EXCHANGE_WITH: usize = 3;
+
+impl Known {
+    /// The newest of each peer counts.
+    fn learn(&mut self, announcements: impl IntoIterator<Item = Announcement>) {
+        for heard in announcements {
+            match self.announcements.get(&heard.peer_id) {
+                Some(known) if known.sequence >= heard.sequence => {}
+                _ => {
+                    self.announcements.insert(heard.peer_id, heard);
+                }
+            }
+        }
+        let now = unix_ms();
+        self.announcements.retain(|_, known| known.expires_unix_ms > now);
+        self.renewed = Some(Instant::now());
+    }
+}
 
 /// Starts the network and joins the DHT. What arrives goes to `inbox`.
 pub(crate) async fn join(config: SwarmConfig, inbox: Arc<Inbox>, join_timeout: Duration) -> Result<Swarm, ClientError> {
@@ -39,6 +70,16 @@ pub struct Observer {
     identity: Arc<ModelIdentity>,
     blocks: usize,
     measured: Arc<Mutex<HashMap<PeerId, (Duration, Instant)>>>,
+    known: Arc<Mutex<Known>>,
+}
+
+/// What is known of the swarm.
+#[derive(Default)]
+struct Known {
+    announcements: HashMap<PeerId, Announcement>,
+    /// When they were last renewed.
+    renewed: Option<Instant>,
+    is_renewing: bool,
 }
 
 impl Observer {
@@ -58,7 +99,7 @@ impl Observer {
 
     /// Looks through a network that was joined already.
     pub(crate) fn of(swarm: Swarm, identity: ModelIdentity, blocks: usize) -> Self {
-        Self { swarm, identity: Arc::new(identity), blocks, measured: Arc::default() }
+        Self { swarm, identity: Arc::new(identity), blocks, measured: Arc::default(), known: Arc::default() }
     }
 
     /// The network.
@@ -78,8 +119,66 @@ impl Observer {
     pub async fn look_up(&self) -> Result<SwarmView, ClientError> {
         let discovery = self.swarm.discover(&self.identity.dht_prefix, self.blocks).await?;
         let mut view = SwarmView::new((*self.identity).clone(), self.blocks);
-        view.add(discovery.announcements);
+        view.add(discovery.announcements.clone());
+        // Whoever has left is not in it.
+        let mut known = self.known();
+        known.announcements.clear();
+        known.learn(discovery.announcements);
         Ok(view)
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        // Every change is one operation on a map.
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The swarm as it was known a while ago, with the round trips of then: costs nothing. `None` where nothing is known, or too
+    /// long ago. Renews itself meanwhile, for the next time.
+    pub(crate) fn recent(&self) -> Option<SwarmView> {
+        let mut view = SwarmView::new((*self.identity).clone(), self.blocks);
+        {
+            let mut known = self.known();
+            let age = known.renewed?.elapsed();
+            if age > VIEW_LIFETIME {
+                return None;
+            }
+            let now = unix_ms();
+            view.add(known.announcements.values().filter(|known| known.expires_unix_ms > now).cloned());
+            if age > REFRESH_AFTER && !known.is_renewing {
+                known.is_renewing = true;
+                tokio::spawn(self.clone().renew());
+            }
+        }
+        let measured = self.measured.lock().unwrap_or_else(PoisonError::into_inner);
+        for peer in &mut view.peers {
+            peer.rtt = measured.get(&peer.announcement.peer_id).map(|(rtt, _)| *rtt);
+        }
+        drop(measured);
+        view.leave_out_silent();
+        Some(view)
+    }
+
+    /// Asks some peers of the swarm for what they know of it, and measures those that are new.
+    async fn renew(self) {
+        let connected = self.swarm.connected();
+        let mut asked: Vec<PeerId> = self.known().announcements.keys().copied().collect();
+        asked.sort_by_key(|peer| !connected.contains(peer));
+        asked.truncate(EXCHANGE_WITH);
+        let answers = asked.iter().map(|peer| self.swarm.exchange(*peer, &self.identity.dht_prefix));
+        let answers = join_all(answers).await;
+        let heard: Vec<Announcement> = answers.into_iter().filter_map(Result::ok).flatten().collect();
+        if heard.is_empty() {
+            // Those who were known are gone.
+            if let Err(error) = self.look_up().await {
+                tracing::debug!(%error, "the view of the swarm is not renewed");
+            }
+        } else {
+            self.known().learn(heard);
+        }
+        let mut view = SwarmView::new((*self.identity).clone(), self.blocks);
+        view.add(self.known().announcements.values().cloned());
+        self.measure(&mut view, true).await;
+        self.known().is_renewing = false;
     }
 
     /// Measures the round trip to every peer of the view, unless that was done a moment ago. With `impatient`, only until those
@@ -115,7 +214,7 @@ impl Observer {
         }
         // As many as a view has: what is older than that is of peers long gone.
         let mut known = self.measured.lock().unwrap_or_else(PoisonError::into_inner);
-        known.retain(|_, (_, at)| at.elapsed() < RTT_LIFETIME);
+        known.retain(|_, (_, at)| at.elapsed() < VIEW_LIFETIME);
     }
 
     /// Forgets what was measured of a peer, so that it is asked again.

@@ -1,8 +1,15 @@
 //! A session: one KV cache across the hops of a route, as its client sees it.
 //!
-//! The client opens the session on every hop with a signed ticket, then sends numbered steps to the first hop and receives
-//! each answer from the last one. It never waits in vain: a hop that answers with a fault, whose link ends, or that doesn't
-//! answer a ping while a step is overdue ends the wait with an error that names the hop and its blocks.
+//! The client opens the session on every hop with a signed ticket ([`opening`]), then sends numbered steps to the first hop and
+//! receives each answer from the last one. It never waits in vain: a hop that answers with a fault, whose link ends, or that
+//! doesn't answer a ping while a step is overdue is lost, and another one takes its place ([`repair`]): the hop before it
+//! replays what it had sent on, the others keep what they have, and the steps under way go on. Whoever uses the session
+//! sees a pause, and later what happened ([`Session::take_recoveries`]).
+
+mod error;
+mod opening;
+mod plan;
+mod repair;
 
 use std::{
     collections::{HashSet, VecDeque},
@@ -10,10 +17,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
-use futures::future;
+use bytes::{Bytes, BytesMut};
 use libp2p::PeerId;
 
+pub use self::{error::SessionError, repair::Recovery};
+use self::{opening::HopLink, repair::{Repairs, Telling}};
 use super::{
     Client,
     inbox::{Event, Mailbox},
@@ -22,16 +30,13 @@ use crate::{
     engine::{HiddenStates, LaneRun},
     model::Dtype,
     swarm::{
-        Frame, Link, LinkError, Swarm,
-        announcement::{Announcement, unix_ms},
-        clean,
+        Frame, Link, clean,
+        announcement::Announcement,
+        history::{History, Place, Rows},
         proto::{announcement, session as proto},
-        ticket::{SessionId, SessionLimits, Ticket},
+        ticket::{SessionId, SessionLimits},
     },
 };
-
-/// How long a ticket may be used to open a session.
-const TICKET_LIFETIME: Duration = Duration::from_secs(3600);
 
 /// How long a client waits, and for what.
 #[derive(Debug, Clone, Copy)]
@@ -44,6 +49,8 @@ pub struct Patience {
     pub pong: Duration,
     /// For a step's answer where all hops live.
     pub step: Duration,
+    /// For another hop to take a lost one's place, where nobody can at first.
+    pub recovery: Duration,
 }
 
 impl Default for Patience {
@@ -53,6 +60,7 @@ impl Default for Patience {
             overdue: Duration::from_secs(2),
             pong: Duration::from_secs(3),
             step: Duration::from_secs(120),
+            recovery: Duration::from_secs(30),
         }
     }
 }
@@ -103,13 +111,62 @@ pub enum Want {
     Nothing,
 }
 
+/// What a step feeds into the first block.
+#[derive(Debug, Clone)]
+pub enum Input {
+    /// Tokens, to be embedded. Where the first hop is lost they are embedded again, so keeping them costs next to nothing.
+    Tokens(Vec<u32>),
+    /// Rows that are no tokens' embeddings.
+    Rows(HiddenStates),
+}
+
+impl Input {
+    /// Joins what a replay takes from several steps.
+    fn embed(parts: &[Self], client: &Client, dtype: Dtype) -> Result<HiddenStates, SessionError> {
+        if let [Self::Rows(rows)] = parts {
+            return Ok(rows.clone());
+        }
+        let edges = client.model().edges();
+        if let [Self::Tokens(ids)] = parts {
+            return Ok(edges.embed(ids, dtype)?);
+        }
+        let mut bytes = BytesMut::new();
+        let mut rows = 0;
+        for part in parts {
+            let states = Self::embed(std::slice::from_ref(part), client, dtype)?;
+            rows += states.rows;
+            bytes.extend_from_slice(&states.bytes);
+        }
+        Ok(HiddenStates { dtype, rows, hidden: client.model().spec().hidden_size, bytes: bytes.freeze() })
+    }
+}
+
+impl Rows for Input {
+    fn count(&self) -> usize {
+        match self {
+            Self::Tokens(ids) => ids.len(),
+            Self::Rows(states) => states.rows,
+        }
+    }
+
+    fn slice(&self, rows: Range<usize>) -> Self {
+        match self {
+            Self::Tokens(ids) => {
+                let end = rows.end.min(ids.len());
+                Self::Tokens(ids[rows.start.min(end)..end].to_vec())
+            }
+            Self::Rows(states) => Self::Rows(states.slice(rows)),
+        }
+    }
+}
+
 /// One step.
 #[derive(Debug)]
 pub struct Step {
-    /// What of `hidden` belongs to which lane.
+    /// What of `input` belongs to which lane.
     pub lanes: Vec<LaneRun>,
-    /// The embedded tokens.
-    pub hidden: HiddenStates,
+    /// The rows of all lanes, end to end.
+    pub input: Input,
     /// What to answer.
     pub want: Want,
     /// The length that length-dependent RoPE factors are taken for, where the model has some.
@@ -127,195 +184,36 @@ pub struct StepAnswer {
     pub times: Vec<(Duration, Duration)>,
 }
 
-/// Why a session could not be opened, or ended.
-#[derive(Debug, thiserror::Error)]
-pub enum SessionError {
-    /// A hop can't be reached.
-    #[error("peer {peer} (blocks {}:{}) can't be reached: {source}", blocks.start, blocks.end)]
-    Unreachable {
-        /// Who.
-        peer: PeerId,
-        /// What it was to run.
-        blocks: Range<usize>,
-        /// Why.
-        source: LinkError,
-    },
-    /// A hop went away, or stopped answering.
-    #[error("lost peer {peer} (blocks {}:{}): {why}", blocks.start, blocks.end)]
-    HopLost {
-        /// Who.
-        peer: PeerId,
-        /// What it ran.
-        blocks: Range<usize>,
-        /// How that was noticed.
-        why: String,
-    },
-    /// A hop refused, or failed.
-    #[error("peer {peer} (blocks {}:{}): {message}", blocks.start, blocks.end)]
-    Fault {
-        /// Who says so.
-        peer: PeerId,
-        /// What it runs.
-        blocks: Range<usize>,
-        /// What kind of fault.
-        code: proto::Code,
-        /// Whose fault it says it is.
-        blame: proto::Blame,
-        /// Whether the step may have been applied there.
-        maybe_applied: bool,
-        /// What it says.
-        message: String,
-    },
-    /// The last hop's answer is not what was asked for.
-    #[error("peer {peer} (blocks {}:{}) answered nonsense: {why}", blocks.start, blocks.end)]
-    BadAnswer {
-        /// Who.
-        peer: PeerId,
-        /// What it ran.
-        blocks: Range<usize>,
-        /// What is wrong.
-        why: String,
-    },
-    /// All hops live, and yet there is no answer.
-    #[error("no answer to step {number} after {} s, though all hops are alive: the swarm is overloaded; try again later", waited.as_secs())]
-    Overdue {
-        /// Which step.
-        number: u64,
-        /// How long.
-        waited: Duration,
-    },
-    /// The client's own mistake.
-    #[error("{0}")]
-    Misuse(String),
-}
-
-impl SessionError {
-    /// The peer to avoid when another route is tried, where the error names one that is at fault or has no room.
-    pub fn peer_to_avoid(&self) -> Option<PeerId> {
-        match self {
-            Self::Unreachable { peer, .. } | Self::HopLost { peer, .. } | Self::BadAnswer { peer, .. } => Some(*peer),
-            // A node that serves something else by now is not what the client looked up.
-            Self::Fault { peer, code: proto::Code::WrongModel | proto::Code::WrongBlocks, .. } => Some(*peer),
-            Self::Fault { blame: proto::Blame::Client, .. } | Self::Overdue { .. } | Self::Misuse(_) => None,
-            Self::Fault { peer, .. } => Some(*peer),
-        }
-    }
-}
-
-struct HopLink {
-    peer: PeerId,
-    blocks: Range<usize>,
-    link: Link,
-}
-
-impl HopLink {
-    async fn connect(swarm: Swarm, hop: RouteHop) -> Result<Self, SessionError> {
-        let RouteHop { announcement, blocks } = hop;
-        let peer = announcement.peer_id;
-        match swarm.link(peer, &announcement.addresses).await {
-            Ok(link) => Ok(Self { peer, blocks, link }),
-            Err(source) => Err(SessionError::Unreachable { peer, blocks, source }),
-        }
-    }
-}
-
 /// A step that was sent and not answered.
 struct Sent {
-    number: u64,
+    header: proto::Step,
+    input: Input,
     rows_wanted: usize,
     at: Instant,
 }
 
 /// An open session. Dropping it closes it on every hop.
 pub struct Session {
+    client: Client,
     id: SessionId,
     epoch: u64,
     hops: Vec<HopLink>,
     mailbox: Mailbox,
     limits: SessionLimits,
-    patience: Patience,
     wire_dtype: Dtype,
-    hidden: usize,
     next_number: u64,
     confirmed: u64,
     sent: VecDeque<Sent>,
     last_answer: Instant,
+    history: History<Input>,
+    repairs: Repairs,
+    /// What the first hop is being told, where it took a lost one's place: steps wait behind that.
+    telling: Option<Telling>,
+    /// Something went wrong where nobody could wait for a repair.
+    broken: Option<SessionError>,
 }
 
 impl Session {
-    /// Opens a session on every hop of the route, at once, and returns when all of them hold it.
-    ///
-    /// # Errors
-    /// The first hop's refusal or loss that is noticed; the others are closed again.
-    pub async fn open(client: &Client, route: &Route, limits: SessionLimits) -> Result<Self, SessionError> {
-        let links: Vec<_> =
-            route.hops.iter().map(|hop| HopLink::connect(client.swarm().clone(), hop.clone())).collect();
-        let links = future::try_join_all(links).await?;
-
-        let id = SessionId::random();
-        let mut session = Self {
-            id,
-            epoch: 1,
-            hops: links,
-            mailbox: client.inbox().register(id),
-            limits,
-            patience: client.patience(),
-            wire_dtype: route.wire_dtype,
-            hidden: client.model().spec().hidden_size,
-            next_number: 1,
-            confirmed: 0,
-            sent: VecDeque::new(),
-            last_answer: Instant::now(),
-        };
-        session.send_tickets(client, route)?;
-        session.wait_until_open().await?;
-        Ok(session)
-    }
-
-    fn send_tickets(&self, client: &Client, route: &Route) -> Result<(), SessionError> {
-        let own = client.swarm().peer_id();
-        let expires = unix_ms() + TICKET_LIFETIME.as_millis() as u64;
-        for (index, hop) in self.hops.iter().enumerate() {
-            let next = route.hops.get(index + 1);
-            let ticket = Ticket {
-                session: self.id,
-                epoch: self.epoch,
-                client: own,
-                hop: hop.peer,
-                upstream: if index == 0 { own } else { self.hops[index - 1].peer },
-                downstream: next.map_or(own, |next| next.announcement.peer_id),
-                dht_prefix: client.model().identity().dht_prefix.clone(),
-                fingerprint: client.model().identity().fingerprint,
-                blocks: hop.blocks.clone(),
-                wire_dtype: self.wire_dtype,
-                limits: self.limits,
-                expires_unix_ms: expires,
-            };
-            let mut open = ticket
-                .sign(client.swarm().identity().keypair())
-                .map_err(|error| SessionError::Misuse(format!("the session's ticket can't be signed: {error}")))?;
-            open.next = next.and_then(|next| next.announcement.signed.clone());
-            self.send_to(hop, proto::frame::Body::Open(open), Bytes::new())?;
-        }
-        Ok(())
-    }
-
-    async fn wait_until_open(&mut self) -> Result<(), SessionError> {
-        let deadline = tokio::time::Instant::now() + self.patience.opening;
-        let mut waiting: HashSet<PeerId> = self.hops.iter().map(|hop| hop.peer).collect();
-        while !waiting.is_empty() {
-            let Ok(event) = tokio::time::timeout_at(deadline, self.mailbox.next()).await else {
-                let silent = self.hops.iter().find(|hop| waiting.contains(&hop.peer)).map(|hop| hop.peer);
-                let why = format!("it did not open the session within {} s", self.patience.opening.as_secs());
-                return Err(self.lost(silent.unwrap_or(self.hops[0].peer), why));
-            };
-            if let Some((from, proto::frame::Body::Opened(_), _)) = self.sift(event)? {
-                waiting.remove(&from);
-            }
-        }
-        Ok(())
-    }
-
     /// Its name, which only its peers know.
     pub fn id(&self) -> SessionId {
         self.id
@@ -326,15 +224,30 @@ impl Session {
         (self.limits.max_in_flight as usize).saturating_sub(self.sent.len())
     }
 
+    /// How many steps are under way.
+    pub fn in_flight(&self) -> usize {
+        self.sent.len()
+    }
+
     /// How hidden states travel in this session.
     pub fn wire_dtype(&self) -> Dtype {
         self.wire_dtype
     }
 
-    /// Sends a step to the first hop and returns its number. Doesn't wait.
+    /// What the session may use on every hop.
+    pub fn limits(&self) -> SessionLimits {
+        self.limits
+    }
+
+    /// The route that it takes now.
+    pub fn route(&self) -> Route {
+        Route { hops: self.hops.iter().map(HopLink::route_hop).collect(), wire_dtype: self.wire_dtype }
+    }
+
+    /// Sends a step to the first hop and returns its number. Doesn't wait: where the hop is lost, [`Session::receive`] notices.
     ///
     /// # Errors
-    /// Where the credit is used up, or the first hop is lost.
+    /// Where the credit is used up, or the tokens can't be embedded.
     pub fn send(&mut self, step: Step) -> Result<u64, SessionError> {
         if self.credit() == 0 {
             return Err(SessionError::Misuse(format!(
@@ -342,20 +255,17 @@ impl Session {
                 self.sent.len()
             )));
         }
-        let Step { lanes, hidden, want, rope_length } = step;
+        let Step { lanes, input, want, rope_length } = step;
+        let hidden = Input::embed(std::slice::from_ref(&input), &self.client, self.wire_dtype)?;
         let number = self.next_number;
-        let body = proto::Step {
+        let header = proto::Step {
             number,
-            confirmed: self.confirmed,
+            confirmed: 0, // as it is when it leaves
             lanes: lanes
                 .iter()
                 .map(|run| proto::LaneRun { lane: run.lane, position: run.position as u64, tokens: run.tokens as u32 })
                 .collect(),
-            tensor: Some(proto::Tensor {
-                dtype: announcement::Dtype::from(hidden.dtype).into(),
-                rows: hidden.rows as u32,
-                hidden: hidden.hidden as u32,
-            }),
+            tensor: Some(wire_tensor(&hidden)),
             want: match want {
                 Want::Last => proto::Want::Last,
                 Want::All => proto::Want::All,
@@ -370,23 +280,61 @@ impl Session {
             Want::All => hidden.rows,
             Want::Nothing => 0,
         };
-        self.send_to(&self.hops[0], proto::frame::Body::Step(body), hidden.bytes)?;
+        let mut row = 0;
+        for run in &lanes {
+            let length_class = self.client.model().spec().length_class(rope_length.unwrap_or(run.position + run.tokens));
+            let place = Place { step: number, lane: run.lane, position: run.position, length_class };
+            self.history.keep(place, input.slice(row..row + run.tokens));
+            row += run.tokens;
+        }
         self.next_number += 1;
-        self.sent.push_back(Sent { number, rows_wanted, at: Instant::now() });
+        self.sent.push_back(Sent { header: header.clone(), input, rows_wanted, at: Instant::now() });
+        if self.telling.is_none() && self.broken.is_none() {
+            self.transmit(header, hidden.bytes);
+        }
         Ok(number)
     }
 
-    /// Waits for the answer to the oldest step that has none.
+    /// Hands a step to the first hop's link.
+    fn transmit(&mut self, header: proto::Step, payload: Bytes) {
+        let header = proto::Step { confirmed: self.confirmed, ..header };
+        if let Err(error) = self.send_to(&self.hops[0], proto::frame::Body::Step(header), payload) {
+            self.broken.get_or_insert(error);
+        }
+    }
+
+    /// Waits for the answer to the oldest step that has none. Hops that are lost meanwhile are replaced.
+    ///
+    /// Where the wait is given up (dropped), the session may be in the middle of a repair and is best dropped, too.
     ///
     /// # Errors
     /// See [`SessionError`]; never waits longer than [`Patience`] says.
     pub async fn receive(&mut self) -> Result<StepAnswer, SessionError> {
-        let Some(sent) = self.sent.front() else {
+        if self.sent.is_empty() {
             return Err(SessionError::Misuse("no step is under way".to_owned()));
-        };
+        }
+        loop {
+            let error = match self.broken.take() {
+                Some(error) => error,
+                None => match self.await_answer().await {
+                    Ok(answer) => {
+                        self.went_on();
+                        return Ok(answer);
+                    }
+                    Err(error) => error,
+                },
+            };
+            if !error.is_repairable() {
+                return Err(error);
+            }
+            self.repair(error).await?;
+        }
+    }
+
+    async fn await_answer(&mut self) -> Result<StepAnswer, SessionError> {
         // A step behind others only begins when those are answered.
-        let since = sent.at.max(self.last_answer);
-        let mut watch = Watch { next_look: since + self.patience.overdue, asked: None };
+        let since = self.sent.front().map_or(self.last_answer, |sent| sent.at.max(self.last_answer));
+        let mut watch = Watch { next_look: since + self.client.patience().overdue, asked: None };
         loop {
             let look = tokio::time::Instant::from_std(watch.next_look);
             match tokio::time::timeout_at(look, self.mailbox.next()).await {
@@ -396,6 +344,7 @@ impl Session {
                             return Ok(answer);
                         }
                     }
+                    Some((from, proto::frame::Body::Replayed(replayed), _)) => self.told(from, &replayed)?,
                     Some((from, proto::frame::Body::Pong(_), _)) => {
                         if let Some((_, silent)) = &mut watch.asked {
                             silent.remove(&from);
@@ -416,18 +365,18 @@ impl Session {
                 self.hops.iter().find(|hop| silent.contains(&hop.peer) && !shows_life(&hop.link, *asked_at))
         {
             let why = format!("it does not answer ({:.1} s)", now.duration_since(*asked_at).as_secs_f64());
-            return Err(self.lost(hop.peer, why));
+            return Err(self.silent(hop.peer, why));
         }
         let waited = now.duration_since(since);
-        if waited >= self.patience.step {
-            let number = self.sent.front().map_or(0, |sent| sent.number);
+        if waited >= self.client.patience().step {
+            let number = self.sent.front().map_or(0, |sent| sent.header.number);
             return Err(SessionError::Overdue { number, waited });
         }
         for hop in &self.hops {
             self.send_to(hop, proto::frame::Body::Ping(proto::Ping { nonce: 0 }), Bytes::new())?;
         }
         watch.asked = Some((now, self.hops.iter().map(|hop| hop.peer).collect()));
-        watch.next_look = now + self.patience.pong;
+        watch.next_look = now + self.client.patience().pong;
         Ok(())
     }
 
@@ -438,9 +387,10 @@ impl Session {
         output: proto::Output,
         payload: Bytes,
     ) -> Result<Option<StepAnswer>, SessionError> {
+        let width = self.client.model().spec().hidden_size;
         let last = &self.hops[self.hops.len() - 1];
         let Some(sent) = self.sent.front() else { return Ok(None) };
-        if from != last.peer || output.number != sent.number {
+        if from != last.peer || output.number != sent.header.number {
             tracing::debug!(peer = %from, number = output.number, "ignored an output that is not awaited");
             return Ok(None);
         }
@@ -451,10 +401,10 @@ impl Session {
             Some(tensor) => {
                 let dtype: Dtype = tensor.dtype().try_into().map_err(|error| bad(format!("{error}")))?;
                 let shape = (dtype, tensor.rows as usize, tensor.hidden as usize);
-                if shape != (self.wire_dtype, sent.rows_wanted, self.hidden) {
+                if shape != (self.wire_dtype, sent.rows_wanted, width) {
                     return Err(bad(format!(
                         "{} rows of {} in {}, and {} of {} in {} were wanted",
-                        shape.1, shape.2, shape.0, sent.rows_wanted, self.hidden, self.wire_dtype
+                        shape.1, shape.2, shape.0, sent.rows_wanted, width, self.wire_dtype
                     )));
                 }
                 let hidden = HiddenStates::new(dtype, shape.1, shape.2, payload).map_err(|e| bad(e.to_string()))?;
@@ -464,7 +414,7 @@ impl Session {
                 Some(hidden)
             }
         };
-        let number = sent.number;
+        let number = sent.header.number;
         self.sent.pop_front();
         self.confirmed = number;
         self.last_answer = Instant::now();
@@ -494,33 +444,46 @@ impl Session {
 
     fn fault(&self, hop: &HopLink, fault: proto::Fault) -> SessionError {
         let message = clean(&fault.message);
-        // A hop that can't go on because of the one behind it: that one is the news.
-        if fault.blame() == proto::Blame::Downstream
+        let index = self.hops.iter().position(|other| other.peer == hop.peer).unwrap_or(0);
+        // A hop that can't go on because of a neighbour: that one is the news.
+        if matches!(fault.blame(), proto::Blame::Downstream | proto::Blame::Upstream)
             && let Ok(about) = PeerId::from_bytes(&fault.peer)
             && let Some(lost) = self.hops.iter().find(|hop| hop.peer == about)
         {
             let why = format!("{message} (reported by {})", hop.peer);
-            return SessionError::HopLost { peer: lost.peer, blocks: lost.blocks.clone(), why };
+            let silent = !matches!(fault.code(), proto::Code::NextHopLost | proto::Code::UpstreamLost);
+            return SessionError::HopLost { peer: lost.peer, blocks: lost.blocks.clone(), why, silent };
         }
-        // What a hop received wrong, the hop before it made.
-        let index = self.hops.iter().position(|other| other.peer == hop.peer).unwrap_or(0);
-        let hop = match fault.blame() {
-            proto::Blame::Upstream if index > 0 => &self.hops[index - 1],
-            _ => hop,
+        // It was restarted, or took the client for gone: it is told everything again.
+        if fault.code() == proto::Code::UnknownSession && (index == 0 || fault.number == 0) {
+            return self.lost(hop.peer, message);
+        }
+        // What a hop received wrong, the one before it made.
+        let (hop, blame) = match fault.blame() {
+            proto::Blame::Upstream if index > 0 => (&self.hops[index - 1], proto::Blame::Hop),
+            proto::Blame::Upstream => (hop, proto::Blame::Client),
+            blame => (hop, blame),
         };
         SessionError::Fault {
             peer: hop.peer,
             blocks: hop.blocks.clone(),
             code: fault.code(),
-            blame: fault.blame(),
+            blame,
             maybe_applied: fault.maybe_applied,
             message,
         }
     }
 
+    /// The connection to a hop is lost, which says nothing of the hop itself.
     fn lost(&self, peer: PeerId, why: String) -> SessionError {
         let blocks = self.hops.iter().find(|hop| hop.peer == peer).map_or(0..0, |hop| hop.blocks.clone());
-        SessionError::HopLost { peer, blocks, why }
+        SessionError::HopLost { peer, blocks, why, silent: false }
+    }
+
+    /// A hop does not answer.
+    fn silent(&self, peer: PeerId, why: String) -> SessionError {
+        let blocks = self.hops.iter().find(|hop| hop.peer == peer).map_or(0..0, |hop| hop.blocks.clone());
+        SessionError::HopLost { peer, blocks, why, silent: true }
     }
 
     fn send_to(&self, hop: &HopLink, body: proto::frame::Body, payload: Bytes) -> Result<(), SessionError> {
@@ -542,6 +505,14 @@ impl Drop for Session {
 /// Over a slow link a prompt's chunks take a while.
 fn shows_life(link: &Link, since: Instant) -> bool {
     link.last_heard() > since || (link.waiting_bytes() > 0 && link.last_progress() > since)
+}
+
+fn wire_tensor(hidden: &HiddenStates) -> proto::Tensor {
+    proto::Tensor {
+        dtype: announcement::Dtype::from(hidden.dtype).into(),
+        rows: hidden.rows as u32,
+        hidden: hidden.hidden as u32,
+    }
 }
 
 /// What [`Session::receive`] knows of the hops while a step is overdue.

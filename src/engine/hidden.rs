@@ -50,6 +50,14 @@ impl HiddenStates {
         Self { dtype, rows, hidden, bytes: bytes.into() }
     }
 
+    /// Some of the rows; no bytes are copied. Rows past the end are left out.
+    pub fn slice(&self, rows: std::ops::Range<usize>) -> Self {
+        let row = self.hidden * self.dtype.size_in_bytes();
+        let end = rows.end.min(self.rows);
+        let start = rows.start.min(end);
+        Self { rows: end - start, bytes: self.bytes.slice(start * row..end * row), ..self.clone() }
+    }
+
     /// The numbers, `[rows, hidden]`; each of the three formats fits into `f32`.
     pub fn to_f32(&self) -> Vec<f32> {
         decode(self.dtype, &self.bytes)

@@ -478,6 +478,17 @@ impl ModelSpec {
         })
     }
 
+    /// What of a sequence's length its positions depend on: lengths of one class give the same ones, and a class is itself a
+    /// length of it. 0 where no length matters.
+    pub fn length_class(&self, length: usize) -> usize {
+        let class = |block: &BlockSpec| match block.attention.rope.as_ref()?.scaling {
+            RopeScaling::Dynamic { original_context, .. } => Some(length.max(original_context)),
+            RopeScaling::Longrope { original_context, .. } => Some(original_context + usize::from(length > original_context)),
+            _ => None,
+        };
+        self.blocks.iter().find_map(class).unwrap_or(0)
+    }
+
     /// Bytes of the largest block: its weights, packed or in `dtype`, and its part of a KV cache of `cache_tokens` tokens.
     pub fn largest_block_bytes(&self, dtype: Dtype, cache_tokens: usize) -> u64 {
         let size = |tensor: &TensorSpec| match tensor.values {

@@ -30,6 +30,11 @@ impl HeldBytes {
         Self(Arc::new(Budget { held: AtomicUsize::new(0), most, within: None }))
     }
 
+    /// How many bytes are held.
+    pub(crate) fn held(&self) -> usize {
+        self.0.held.load(Ordering::Relaxed)
+    }
+
     /// A part of this one that may be used up by `1 / parts` of it.
     pub(crate) fn share(&self, parts: usize) -> Self {
         let most = self.0.most / parts;

@@ -70,6 +70,8 @@ pub struct StepLog<S, R> {
     failed: bool,
     credit: u64,
     applied: u64,
+    /// As the client says.
+    confirmed: u64,
     /// The epoch in which the step that is being computed arrived.
     running: Option<u64>,
     held: BTreeMap<u64, S>,
@@ -84,6 +86,7 @@ impl<S, R: Clone> StepLog<S, R> {
             failed: false,
             credit: u64::from(credit),
             applied: 0,
+            confirmed: 0,
             running: None,
             held: BTreeMap::new(),
             kept: BTreeMap::new(),
@@ -169,6 +172,33 @@ impl<S, R: Clone> StepLog<S, R> {
         self.start_next()
     }
 
+    /// A replay begins that puts the session after step `applied`; steps wait until [`StepLog::filled`]. False where the
+    /// session has steps of its own already.
+    pub fn fill(&mut self, applied: u64) -> bool {
+        let is_new = self.applied == 0 && self.running.is_none() && self.held.is_empty() && !self.failed;
+        if is_new {
+            self.applied = applied;
+            self.running = Some(self.epoch);
+        }
+        is_new
+    }
+
+    /// The replay is over. Returns the next step to run, if it is there.
+    pub fn filled(&mut self) -> Option<S> {
+        self.start_next()
+    }
+
+    /// The replies to all steps after `number`, in order; `None` where one of them is not kept any more.
+    pub fn replies_after(&self, number: u64) -> Option<Vec<R>> {
+        let kept: Vec<R> = self.kept.range(number.saturating_add(1)..).map(|(_, reply)| reply.clone()).collect();
+        (kept.len() as u64 == self.applied.saturating_sub(number)).then_some(kept)
+    }
+
+    /// Whether the replies to all steps that the client has not confirmed are kept.
+    pub fn keeps_unconfirmed(&self) -> bool {
+        self.replies_after(self.confirmed).is_some()
+    }
+
     fn start_next(&mut self) -> Option<S> {
         let next = self.held.remove(&(self.applied + 1));
         self.running = next.is_some().then_some(self.epoch);
@@ -180,6 +210,11 @@ impl<S, R: Clone> StepLog<S, R> {
         self.kept.pop_first().is_some()
     }
 
+    /// Whether the rest of this epoch is ignored.
+    pub fn is_failed(&self) -> bool {
+        self.failed
+    }
+
     /// The route failed: the rest of this epoch is ignored.
     pub fn fail_epoch(&mut self) {
         self.failed = true;
@@ -188,6 +223,7 @@ impl<S, R: Clone> StepLog<S, R> {
 
     /// The client holds the replies up to `number`, so they need not be kept.
     pub fn confirm(&mut self, number: u64) {
+        self.confirmed = self.confirmed.max(number);
         self.kept = self.kept.split_off(&number.saturating_add(1));
     }
 
@@ -274,6 +310,20 @@ mod tests {
                 assert_eq!(log.applied(10), Some(200));
             }
         }
+    }
+
+    #[test]
+    fn steps_wait_until_a_replay_is_over() {
+        let mut log = Log::new(3, 2);
+        assert!(log.fill(40));
+        assert_eq!(log.arrive(3, 41, 41), Arrival::Held);
+        assert_eq!(log.arrive(3, 42, 42), Arrival::Held);
+        assert_eq!(log.filled(), Some(41));
+        assert_eq!(log.applied(410), Some(42));
+        assert!(!log.fill(50), "the session has steps of its own");
+        assert_eq!(log.replies_after(40), Some(vec![410]));
+        assert_eq!(log.replies_after(41), Some(vec![]));
+        assert_eq!(log.replies_after(39), None, "those before the replay are elsewhere");
     }
 
     #[test]

@@ -5,6 +5,8 @@
 //! steps of a session can't run at once. Results come on the engine's thread and are sent on from there: a step crosses no
 //! other task on its way through a hop.
 
+mod replay;
+
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -16,6 +18,8 @@ use std::{
 use bytes::Bytes;
 use libp2p::PeerId;
 
+pub(crate) use self::replay::Counts;
+use self::replay::Replaying;
 use super::{
     border::{self, Refusal},
     held::{HeldBytes, HeldPermit},
@@ -58,6 +62,8 @@ pub(crate) struct HopSession {
     engine: Engine,
     step_deadline: Duration,
     held: HeldBytes,
+    history_bytes: HeldBytes,
+    counts: Arc<Counts>,
     cancelled: Arc<AtomicBool>,
     inner: Mutex<Inner>,
 }
@@ -69,11 +75,20 @@ pub(crate) struct Means {
     pub(crate) step_deadline: Duration,
     /// The client's share of the bytes that the node may hold.
     pub(crate) held: HeldBytes,
+    /// What the node may keep of what its sessions sent on.
+    pub(crate) history_bytes: HeldBytes,
+    /// Of the node.
+    pub(crate) counts: Arc<Counts>,
 }
 
 struct Inner {
     ticket: Ticket,
     log: StepLog<Pending, Reply>,
+    replaying: Replaying,
+    /// The route has changed, and the client has not said yet what the next hop has: outputs are kept, and stay here.
+    is_paused: bool,
+    /// The epoch in which the client said it.
+    resumed_at: Option<u64>,
     /// Away while a step is being computed.
     cache: Option<Cache>,
     control: Link,
@@ -125,9 +140,14 @@ impl HopSession {
             engine: means.engine,
             step_deadline: means.step_deadline,
             held: means.held.share(SESSIONS_PER_CLIENT_SHARE),
+            history_bytes: means.history_bytes,
+            counts: means.counts,
             cancelled: Arc::default(),
             inner: Mutex::new(Inner {
                 log: StepLog::new(ticket.epoch, ticket.limits.max_in_flight),
+                replaying: Replaying::default(),
+                is_paused: false,
+                resumed_at: None,
                 ticket,
                 cache: Some(cache),
                 control: links.control,
@@ -162,6 +182,8 @@ impl HopSession {
         }
         if ticket.epoch > inner.log.epoch() {
             inner.log.reopen(ticket.epoch);
+            inner.replaying.reroute();
+            inner.is_paused = true;
         }
         inner.ticket = ticket;
         inner.control = links.control;
@@ -278,6 +300,9 @@ impl HopSession {
                 step.times
                     .push(proto::HopTime { queue_us: micros(output.queued), compute_us: micros(output.computed) });
                 let reply = Reply { step, output: output.hidden, _permit: Arc::new(permit) };
+                let rows: u64 = reply.step.lanes.iter().map(|run| u64::from(run.tokens)).sum();
+                self.counts.tokens.fetch_add(rows, Ordering::Relaxed);
+                self.remember(&mut inner, number, &reply.of_history(), &reply.output);
                 let next = inner.log.applied(reply.clone());
                 self.deliver(&mut inner, reply);
                 if let Some(next) = next {
@@ -307,6 +332,9 @@ impl HopSession {
 
     /// Sends an output to where the ticket says: as a step to the next hop, as an output to the client.
     fn deliver(&self, inner: &mut Inner, reply: Reply) {
+        if inner.is_paused {
+            return; // it is kept, and leaves when the client says what the next hop has
+        }
         let Reply { step, output, .. } = reply;
         let number = step.number;
         let tensor = (output.rows > 0).then(|| proto::Tensor {
@@ -342,6 +370,26 @@ impl HopSession {
             let message = "the connection to the next hop was lost".to_owned();
             self.downstream_lost(&mut inner, proto::Code::NextHopLost, link.peer(), message);
         }
+        // A hop that is gone without a word: the one before it may be gone as well, so this one tells, too.
+        let upstream = inner.ticket.upstream;
+        if link.peer() == upstream && upstream != self.client && !link.opened_by_us() {
+            let message = "the connection from the hop before was lost".to_owned();
+            let report = Report::new(proto::Code::UpstreamLost, proto::Blame::Upstream, message);
+            self.fault(&inner, Report { about: Some(upstream), ..report });
+        }
+    }
+
+    /// What the session has, for a client that repairs its route.
+    pub(crate) fn opened(&self) -> proto::Opened {
+        let inner = self.lock();
+        let load = self.engine.load_now();
+        proto::Opened {
+            cache_tokens_left: load.cache_tokens_left as u64,
+            queue: load.queue as u32,
+            applied: inner.log.last_applied(),
+            whole: inner.replaying.history.is_whole() && inner.log.keeps_unconfirmed(),
+            filling: inner.replaying.is_filling(),
+        }
     }
 
     /// The next hop answered with an error of its own (it doesn't know the client): passes it to the client.
@@ -367,7 +415,9 @@ impl HopSession {
     /// Ends the session: a step under way is thrown away.
     pub(crate) fn close(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
-        self.lock().cache = None;
+        let mut inner = self.lock();
+        inner.cache = None;
+        inner.replaying = Replaying::default();
     }
 
     /// Tells the client why the session ends here.

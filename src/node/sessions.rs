@@ -19,7 +19,7 @@ use libp2p::PeerId;
 use super::{
     border::{Hosted, Refusal},
     held::HeldBytes,
-    session::{HopSession, Links, Means, NotTaken},
+    session::{Counts, HopSession, Links, Means, NotTaken},
 };
 use crate::{
     engine::Engine,
@@ -40,6 +40,9 @@ pub struct SessionSettings {
     pub max_sessions_per_client: usize,
     /// Bytes of waiting steps and kept replies, over all sessions.
     pub held_bytes: usize,
+    /// Bytes of the hidden states that were sent on, over all sessions: what another hop is told that takes the next one's place.
+    /// A session for which there is no room does without, and more is computed again where it loses a hop.
+    pub history_bytes: usize,
     /// How long a step may wait for its turn and for KV pages.
     pub step_deadline: Duration,
     /// How long a session outlives its client's connection.
@@ -54,6 +57,7 @@ impl Default for SessionSettings {
             max_sessions: 1024,
             max_sessions_per_client: 512,
             held_bytes: 1 << 30,
+            history_bytes: 1 << 30,
             step_deadline: Duration::from_secs(30),
             reconnect_grace: Duration::from_secs(15),
             idle: Duration::from_secs(600),
@@ -81,6 +85,8 @@ struct Slot {
     client: PeerId,
     /// Of the client's share of what may be held.
     held: HeldBytes,
+    /// Of the client's share of what may be kept of what was sent on.
+    history_bytes: HeldBytes,
     /// `None` until the first opening is done.
     session: Option<Arc<HopSession>>,
     opening: bool,
@@ -92,6 +98,8 @@ pub struct Sessions {
     host: OnceLock<Host>,
     leaving: AtomicBool,
     held: HeldBytes,
+    history_bytes: HeldBytes,
+    counts: Arc<Counts>,
     sessions: Mutex<HashMap<SessionId, Slot>>,
     steps: AtomicU64,
     refused: AtomicU64,
@@ -105,6 +113,8 @@ impl Sessions {
             host: OnceLock::new(),
             leaving: AtomicBool::new(false),
             held: HeldBytes::new(settings.held_bytes),
+            history_bytes: HeldBytes::new(settings.history_bytes),
+            counts: Arc::default(),
             sessions: Mutex::default(),
             steps: AtomicU64::new(0),
             refused: AtomicU64::new(0),
@@ -208,6 +218,33 @@ impl Sessions {
         }
     }
 
+    /// The session that a frame is about.
+    fn session_of(&self, link: &Link, header: &proto::Frame) -> Option<Arc<HopSession>> {
+        let session = SessionId::from_wire(&header.session).and_then(|id| self.get(id));
+        if session.is_none() {
+            tracing::debug!(peer = %link.peer(), "a frame of an unknown session");
+        }
+        session
+    }
+
+    fn replay(&self, link: &Link, header: &proto::Frame, replay: proto::Replay, payload: Bytes) {
+        let taken = match self.session_of(link, header) {
+            Some(session) => session.replay(link, header.epoch, (replay, payload)),
+            None => Err(NotTaken::NotUpstream),
+        };
+        match taken {
+            Ok(()) => {}
+            Err(NotTaken::NotUpstream) => {
+                let message = "no such session with this peer upstream of it";
+                self.refuse(link, header, Refusal::new(proto::Code::UnknownSession, message), 0);
+            }
+            Err(NotTaken::NoRoom) => {
+                let message = "too many bytes of waiting steps are held here";
+                self.refuse(link, header, Refusal::new(proto::Code::Busy, message), 0);
+            }
+        }
+    }
+
     fn close(&self, link: &Link, header: &proto::Frame) {
         let Some(id) = SessionId::from_wire(&header.session) else { return };
         let mut sessions = self.lock();
@@ -234,11 +271,12 @@ impl Sessions {
         let Some(host) = self.host.get() else {
             return Err(Refusal::new(Code::Busy, "this node is still loading its blocks"));
         };
-        if self.leaving.load(Ordering::Relaxed) {
-            return Err(Refusal::new(Code::Leaving, "this node was asked to stop"));
-        }
         let ticket =
             Ticket::verify(open, unix_ms()).map_err(|error| Refusal::new(Code::BadTicket, error.to_string()))?;
+        // Those that it has go on until they are elsewhere.
+        if self.leaving.load(Ordering::Relaxed) && self.get(ticket.session).is_none() {
+            return Err(Refusal::new(Code::Leaving, "this node was asked to stop"));
+        }
         if Some(ticket.session) != SessionId::from_wire(&header.session) || ticket.epoch != header.epoch {
             return Err(Refusal::new(Code::BadTicket, "the ticket is for another session or epoch than its frame"));
         }
@@ -277,8 +315,11 @@ impl Sessions {
         if own.len() >= self.settings.max_sessions_per_client {
             return Err(Refusal::new(Code::Busy, format!("{} sessions of one client are the most here", own.len())));
         }
-        let held = own.first().map_or_else(|| self.held.share(CLIENTS_SHARE), |slot| slot.held.clone());
-        let slot = Slot { client: ticket.client, held, session: None, opening: true };
+        let (held, history_bytes) = match own.first() {
+            Some(slot) => (slot.held.clone(), slot.history_bytes.clone()),
+            None => (self.held.share(CLIENTS_SHARE), self.history_bytes.share(CLIENTS_SHARE)),
+        };
+        let slot = Slot { client: ticket.client, held, history_bytes, session: None, opening: true };
         sessions.insert(ticket.session, slot);
         Ok(())
     }
@@ -334,6 +375,8 @@ impl Sessions {
                         engine: host.engine.clone(),
                         step_deadline: self.settings.step_deadline,
                         held: slot.held.clone(),
+                        history_bytes: slot.history_bytes.clone(),
+                        counts: self.counts.clone(),
                     };
                     let session = HopSession::new(ticket, links, means, now)
                         .map_err(|error| Refusal::new(Code::WrongBlocks, error.to_string()))?;
@@ -346,8 +389,7 @@ impl Sessions {
         for link in [Some(link), watched.as_ref()].into_iter().flatten().filter(|link| link.is_closed()) {
             session.link_closed(link, now);
         }
-        let load = host.engine.load_now();
-        Ok(proto::Opened { cache_tokens_left: load.cache_tokens_left as u64, queue: load.queue as u32 })
+        Ok(session.opened())
     }
 
     /// What the node says of itself when asked.
@@ -359,6 +401,10 @@ impl Sessions {
             sessions: self.count() as u32,
             steps: self.steps.load(Ordering::Relaxed),
             frames_refused: self.refused.load(Ordering::Relaxed),
+            tokens: self.counts.tokens.load(Ordering::Relaxed),
+            tokens_replayed: self.counts.tokens_replayed.load(Ordering::Relaxed),
+            bytes_replayed: self.counts.bytes_replayed.load(Ordering::Relaxed),
+            history_bytes: self.history_bytes.held() as u64,
         }
     }
 }
@@ -411,9 +457,19 @@ impl Service for NodeService {
                     tracing::debug!(peer = %link.peer(), "a ping could not be answered");
                 }
             }
+            Some(Body::Resume(resume)) => {
+                if let Some(session) = sessions.session_of(link, &header) {
+                    session.resume(link, header.epoch, resume);
+                }
+            }
+            Some(Body::Replay(replay)) => sessions.replay(link, &header, replay, payload),
+            Some(Body::Replayed(replayed)) => {
+                if let Some(session) = sessions.session_of(link, &header) {
+                    session.replayed(link, header.epoch, &replayed);
+                }
+            }
             Some(Body::Fault(fault)) => {
-                let session = SessionId::from_wire(&header.session).and_then(|id| sessions.get(id));
-                if let Some(session) = session {
+                if let Some(session) = sessions.session_of(link, &header) {
                     session.downstream_fault(link, header.epoch, &fault);
                 }
             }

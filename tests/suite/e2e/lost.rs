@@ -1,93 +1,139 @@
-//! A lost hop is a clear error within seconds that names the peer and its blocks, and never a hang.
+//! Lost hops: the generation goes on with the same tokens, and only what was lost is computed again. Where nobody can take a
+//! lost hop's place, a clear error within seconds names the peer and its blocks.
 
 use std::time::{Duration, Instant};
 
-use super::harness::{HANG, Place, Running, Server, fixture, join};
+use serde_json::Value;
 
-/// Starts an endless generation and returns when its first tokens are there.
-fn generating(place: &Place, peer: &Server) -> Running {
-    let model = fixture("llama").display().to_string();
-    let ids = join(&[5; 8]);
-    let running = place.start(&[
-        "client",
-        "generate",
-        "--model",
-        &model,
-        "--initial-peers",
-        &peer.address,
-        "--no-mdns",
-        "--dtype",
-        "f32",
-        "--input-ids",
-        &ids,
-        "--max-tokens",
-        "500",
-        "--ignore-eos",
-        "--json-stream",
-    ]);
-    running.line_with("token_id");
-    running
+use super::harness::{HANG, Place, Running, Server, fixture, join, numbers};
+
+/// A prompt that takes a few chunks.
+const PROMPT: [u32; 40] = [5; 40];
+
+/// Arguments of an endless generation with 500 tokens, told token by token.
+fn endless<'a>(peer: &'a Server, model: &'a str, ids: &'a str) -> Vec<&'a str> {
+    let mut args = vec!["client", "generate", "--model", model, "--initial-peers", &peer.address, "--no-mdns"];
+    args.extend(["--dtype", "f32", "--input-ids", ids, "--max-tokens", "400", "--ignore-eos", "--json-stream"]);
+    args
 }
 
-/// One hop of three is lost by a signal while tokens are generated. A generation of 500 tokens may be over before the signal
-/// comes, so the client is held back for that moment.
-fn lose(hop: usize, signal: &str, within: Duration) {
+/// A generation that runs, and the peers of its route.
+struct Generating {
+    running: Running,
+    route: Vec<String>,
+}
+
+/// Starts an endless generation, and holds it when its first tokens are there: it may be over before a signal comes.
+fn generating(place: &Place, family: &str, peer: &Server, more: &[&str]) -> Generating {
+    let (model, ids) = (fixture(family).display().to_string(), join(&PROMPT));
+    let running = place.start(&[&endless(peer, &model, &ids), more].concat());
+    let route: Value = serde_json::from_str(&running.line_with("route")).unwrap();
+    let hops = route["route"].as_array().unwrap();
+    let route = hops.iter().map(|hop| hop["peer_id"].as_str().unwrap().to_owned()).collect();
+    running.line_with("token_id");
+    running.signal("STOP");
+    Generating { running, route }
+}
+
+impl Generating {
+    /// The node that is this hop.
+    fn hop<'a>(&self, hop: usize, nodes: &'a [Server]) -> &'a Server {
+        nodes.iter().find(|node| node.peer_id == self.route[hop]).unwrap()
+    }
+
+    /// Goes on to the end, which must be a good one. Returns the result and the recoveries.
+    fn finish(self) -> (Value, Vec<Value>) {
+        self.running.signal("CONT");
+        let ended = self.running.finish();
+        assert!(ended.status.success(), "{ended:?}");
+        let mut lines: Vec<Value> = ended.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let result = lines.pop().unwrap();
+        lines.retain(|line| line.get("recovery").is_some());
+        (result, lines)
+    }
+}
+
+/// What one node computes for the same prompt.
+fn undisturbed(place: &Place, family: &str, peer: &Server) -> Vec<u32> {
+    let model = fixture(family);
+    let result = place.generate(&model, peer, &PROMPT, &["--max-tokens", "400", "--ignore-eos"]).json();
+    assert_eq!(result["recoveries"], 0);
+    numbers(&result["output_ids"])
+}
+
+/// One hop of three is lost by a signal while tokens are generated, and it was the only one of its blocks.
+fn no_replacement(hop: usize, signal: &str, within: Duration) {
     let place = Place::new();
     let (bootstrap, nodes) = place.swarm(&fixture("llama"), &["0:2", "2:4", "4:6"], &[]);
-    let generating = generating(&place, &bootstrap);
-    generating.signal("STOP");
+    let generating = generating(&place, "llama", &bootstrap, &["--recovery-wait", "1"]);
     nodes[hop].running.signal(signal);
     let lost = Instant::now();
-    generating.signal("CONT");
-    let ended = generating.finish();
+    generating.running.signal("CONT");
+    let ended = generating.running.finish();
     assert!(lost.elapsed() < within, "the error came after {:?}", lost.elapsed());
     let blocks = ["0:2", "2:4", "4:6"][hop];
-    ended.fails(1, &[&nodes[hop].peer_id, blocks]);
+    ended.fails(1, &[&nodes[hop].peer_id, blocks, &format!("no peer serves blocks {blocks}")]);
     nodes[hop].running.signal("KILL");
 }
 
 #[test]
+fn the_only_peer_of_the_first_blocks_is_killed() {
+    no_replacement(0, "KILL", Duration::from_secs(12));
+}
+
+#[test]
+fn the_only_peer_of_the_last_blocks_freezes() {
+    no_replacement(2, "STOP", Duration::from_secs(20));
+}
+
+/// One of three hops is lost while there is another peer for its blocks, and the tokens are those of an undisturbed run.
+fn replaced(family: &str, hop: usize, signal: &str) {
+    let spans = ["0:2", "2:4", "4:6"];
+    let place = Place::new();
+    let (bootstrap, nodes) = place.swarm(&fixture(family), &[&spans[..], &spans[hop..=hop]].concat(), &[]);
+    let expected = undisturbed(&place, family, &bootstrap);
+    let generating = generating(&place, family, &bootstrap, &[]);
+    let lost = generating.hop(hop, &nodes);
+    let spare = nodes.iter().find(|node| !generating.route.contains(&node.peer_id)).unwrap();
+    lost.running.signal(signal);
+    let (result, recoveries) = generating.finish();
+    assert_eq!(numbers(&result["output_ids"]), expected);
+    assert_eq!((&result["recoveries"], &result["exact"]), (&1.into(), &true.into()));
+    let recovery = &recoveries[0]["recovery"];
+    assert_eq!((&recovery["hop"], &recovery["lost"]), (&(hop + 1).into(), &lost.peer_id.as_str().into()));
+    assert_eq!(recovery["replacement"][0]["peer_id"], spare.peer_id);
+    assert_eq!(recoveries[0]["route"][hop]["peer_id"], spare.peer_id);
+    let most = if signal == "KILL" { 1000.0 } else { 6000.0 };
+    assert!(recovery["ms"].as_f64().unwrap() < most, "{recovery}");
+    lost.running.signal("KILL");
+}
+
+#[test]
 fn the_first_hop_is_killed() {
-    lose(0, "KILL", Duration::from_secs(10));
+    replaced("llama", 0, "KILL");
 }
 
 #[test]
 fn the_middle_hop_is_killed() {
-    lose(1, "KILL", Duration::from_secs(10));
+    replaced("qwen3", 1, "KILL");
 }
 
 #[test]
 fn the_last_hop_is_killed() {
-    lose(2, "KILL", Duration::from_secs(10));
-}
-
-#[test]
-fn the_first_hop_freezes() {
-    lose(0, "STOP", Duration::from_secs(15));
-}
-
-#[test]
-fn the_middle_hop_freezes() {
-    lose(1, "STOP", Duration::from_secs(15));
-}
-
-#[test]
-fn the_last_hop_freezes() {
-    lose(2, "STOP", Duration::from_secs(15));
+    replaced("mistral", 2, "KILL");
 }
 
 #[test]
 fn a_hop_that_leaves_tells_its_sessions() {
     let place = Place::new();
     let (bootstrap, nodes) = place.swarm(&fixture("llama"), &["0:3", "3:6"], &[]);
-    let generating = generating(&place, &bootstrap);
-    generating.signal("STOP");
+    let generating = generating(&place, "llama", &bootstrap, &["--recovery-wait", "1"]);
     let mut nodes = nodes.into_iter();
     let leaving = nodes.next().unwrap();
     let peer = leaving.peer_id.clone();
     leaving.terminate();
-    generating.signal("CONT");
-    generating.finish().fails(1, &[&peer, "0:3"]);
+    generating.running.signal("CONT");
+    generating.running.finish().fails(1, &[&peer, "0:3"]);
     // It is gone from the swarm at once, not when its announcement expires.
     let status = place.status(&fixture("llama"), &bootstrap);
     assert_eq!(status["missing"], serde_json::json!([[0, 3]]));

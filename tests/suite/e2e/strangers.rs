@@ -9,7 +9,7 @@ use helion::{
         Client,
         generation::GenerationOptions,
         local_model::{EdgesChoice, LocalModel, ModelIdentity},
-        session::{Patience, Session, SessionError, Step, Want},
+        session::{Input, Patience, Session, SessionError, Step, Want},
     },
     engine::{DeviceChoice, HiddenStates, LaneRun},
     model::{Dtype, Quant, hub::HubOptions, source::ModelSource},
@@ -50,7 +50,7 @@ fn limits(prompt: usize) -> SessionLimits {
 fn step(hidden: HiddenStates, position: usize) -> Step {
     Step {
         lanes: vec![LaneRun { lane: 0, position, tokens: hidden.rows }],
-        hidden,
+        input: Input::Rows(hidden),
         want: Want::Last,
         rope_length: None,
     }

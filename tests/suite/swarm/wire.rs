@@ -117,7 +117,7 @@ fn session_open_and_ticket() {
         &frame(session::frame::Body::Open(open)),
         "0a100101010101010101010101010101010110021a0b0a01011201021a01032200",
     );
-    let opened = session::Opened { cache_tokens_left: 5, queue: 6 };
+    let opened = session::Opened { cache_tokens_left: 5, queue: 6, ..Default::default() };
     pinned(&frame(session::frame::Body::Opened(opened)), "0a10010101010101010101010101010101011002220408051006");
 }
 
@@ -176,7 +176,7 @@ fn requests_and_responses() {
     pinned(&rpc::Request::probe(vec![5]), "1a030a0105");
     let respond = |body| rpc::Response { body: Some(body) };
     let info =
-        rpc::InfoResponse { sessions: 1, steps: 2, frames_refused: 3, cache_tokens_left: 4, cache_tokens_total: 5 };
+        rpc::InfoResponse { sessions: 1, steps: 2, frames_refused: 3, cache_tokens_left: 4, cache_tokens_total: 5, ..Default::default() };
     pinned(&respond(response::Body::Info(info)), "0a0a10011802200328043005");
     let exchange = rpc::ExchangeResponse { announcements: vec![SignedAnnouncement::default()] };
     pinned(&respond(response::Body::Exchange(exchange)), "12020a00");

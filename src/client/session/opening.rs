@@ -1,0 +1,136 @@
+//! Opening a session on the hops of a route: connections, tickets, answers.
+
+use std::{
+    collections::HashMap,
+    ops::Range,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use futures::future;
+use libp2p::PeerId;
+
+use super::{Repairs, Route, RouteHop, Session, SessionError};
+use crate::{
+    client::Client,
+    swarm::{
+        Link, LinkError, Swarm,
+        announcement::{Announcement, unix_ms},
+        history::History,
+        proto::session as proto,
+        ticket::{SessionId, SessionLimits, Ticket},
+    },
+};
+
+/// How long a ticket may be used to open a session.
+const TICKET_LIFETIME: Duration = Duration::from_secs(3600);
+
+/// A hop and the link to it.
+pub(super) struct HopLink {
+    pub(super) announcement: Announcement,
+    pub(super) peer: PeerId,
+    pub(super) blocks: Range<usize>,
+    pub(super) link: Link,
+}
+
+impl HopLink {
+    /// Without the link.
+    pub(super) fn route_hop(&self) -> RouteHop {
+        RouteHop { announcement: self.announcement.clone(), blocks: self.blocks.clone() }
+    }
+
+    /// Connects to a hop, unless that was done before.
+    pub(super) async fn connect(swarm: Swarm, hop: RouteHop, within: Duration) -> Result<Self, SessionError> {
+        let RouteHop { announcement, blocks } = hop;
+        let peer = announcement.peer_id;
+        let linked = tokio::time::timeout(within, swarm.link(peer, &announcement.addresses)).await;
+        match linked.unwrap_or(Err(LinkError::Timeout { peer, after: within })) {
+            Ok(link) => Ok(Self { announcement, peer, blocks, link }),
+            Err(source) => Err(SessionError::Unreachable { peer, blocks, source }),
+        }
+    }
+}
+
+impl Session {
+    /// Opens a session on every hop of the route, at once, and returns when all of them hold it.
+    ///
+    /// # Errors
+    /// The first hop's refusal or loss that is noticed; the others are closed again.
+    pub async fn open(client: &Client, route: &Route, limits: SessionLimits) -> Result<Self, SessionError> {
+        let within = client.patience().opening;
+        let links = route.hops.iter().map(|hop| HopLink::connect(client.swarm().clone(), hop.clone(), within));
+        let hops = future::try_join_all(links).await?;
+        let id = SessionId::random();
+        let mut session = Self {
+            client: client.clone(),
+            id,
+            epoch: 1,
+            hops,
+            mailbox: client.inbox().register(id),
+            limits,
+            wire_dtype: route.wire_dtype,
+            next_number: 1,
+            confirmed: 0,
+            sent: std::collections::VecDeque::new(),
+            last_answer: Instant::now(),
+            history: History::default(),
+            repairs: Repairs::new(route.is_uniform()),
+            telling: None,
+            broken: None,
+        };
+        let all: Vec<usize> = (0..session.hops.len()).collect();
+        session.show_tickets(&all)?;
+        session.wait_until_open(&all, within).await?;
+        Ok(session)
+    }
+
+    /// Shows these hops their tickets for the present route and epoch.
+    pub(super) fn show_tickets(&self, hops: &[usize]) -> Result<(), SessionError> {
+        let identity = self.client.model().identity();
+        let own = self.client.swarm().peer_id();
+        let expires_unix_ms = unix_ms() + TICKET_LIFETIME.as_millis() as u64;
+        for &index in hops {
+            let (hop, next) = (&self.hops[index], self.hops.get(index + 1));
+            let ticket = Ticket {
+                session: self.id,
+                epoch: self.epoch,
+                client: own,
+                hop: hop.peer,
+                upstream: if index == 0 { own } else { self.hops[index - 1].peer },
+                downstream: next.map_or(own, |next| next.peer),
+                dht_prefix: identity.dht_prefix.clone(),
+                fingerprint: identity.fingerprint,
+                blocks: hop.blocks.clone(),
+                wire_dtype: self.wire_dtype,
+                limits: self.limits,
+                expires_unix_ms,
+            };
+            let mut open = ticket
+                .sign(self.client.swarm().identity().keypair())
+                .map_err(|error| SessionError::Misuse(format!("the session's ticket can't be signed: {error}")))?;
+            open.next = next.and_then(|next| next.announcement.signed.clone());
+            self.send_to(hop, proto::frame::Body::Open(open), Bytes::new())?;
+        }
+        Ok(())
+    }
+
+    /// Waits until these hops hold the session, and returns what each of them has of it.
+    pub(super) async fn wait_until_open(
+        &mut self,
+        hops: &[usize],
+        within: Duration,
+    ) -> Result<HashMap<PeerId, proto::Opened>, SessionError> {
+        let deadline = tokio::time::Instant::now() + within;
+        let mut opened = HashMap::new();
+        while let Some(waiting) = hops.iter().map(|hop| self.hops[*hop].peer).find(|peer| !opened.contains_key(peer)) {
+            let Ok(event) = tokio::time::timeout_at(deadline, self.mailbox.next()).await else {
+                let why = format!("it did not open the session within {:.0} s", within.as_secs_f64());
+                return Err(self.silent(waiting, why));
+            };
+            if let Some((from, proto::frame::Body::Opened(answer), _)) = self.sift(event)? {
+                opened.insert(from, answer);
+            }
+        }
+        Ok(opened)
+    }
+}
