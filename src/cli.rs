@@ -101,6 +101,7 @@ impl Command {
             Self::Demo(args) => demo::run(args, log_format).await,
             Self::Node(node::NodeCommand::Serve(args)) => node::serve(*args).await,
             Self::Node(node::NodeCommand::Bootstrap(args)) => node::bootstrap(args).await,
+            Self::Node(node::NodeCommand::Drain(args)) => node::drain(args).await,
             Self::Client(ClientCommand::Generate(args)) => generate::run(args).await,
             Self::Client(ClientCommand::Chat(args)) => chat::run(args).await,
             Self::Client(ClientCommand::Score(args)) => score::run(args).await,

@@ -24,10 +24,6 @@ use std::{
 
 use libp2p::PeerId;
 
-pub use self::{
-    choice::{BadRoute, PeerRules},
-    inbox::Traffic,
-};
 use self::{
     backoff::Backoff,
     inbox::Inbox,
@@ -36,6 +32,10 @@ use self::{
     sampling::{InvalidOption, SampleError},
     session::{Patience, Route, Session, SessionError},
     view::{Incomplete, SwarmView},
+};
+pub use self::{
+    choice::{BadRoute, PeerRules},
+    inbox::Traffic,
 };
 use crate::{
     engine::{EdgeError, LoadError},
@@ -247,10 +247,9 @@ impl Client {
         }
         let now = Instant::now();
         let allowed = |peer: PeerId| self.rules.allows(peer);
-        let good =
-            choice::fastest(view, 0..view.blocks, |peer| {
-                allowed(peer.announcement.peer_id) && !self.avoids(peer.announcement.peer_id, now)
-            });
+        let good = choice::fastest(view, 0..view.blocks, |peer| {
+            allowed(peer.announcement.peer_id) && !self.avoids(peer.announcement.peer_id, now)
+        });
         let hops = good.or_else(|| choice::fastest(view, 0..view.blocks, |peer| allowed(peer.announcement.peer_id)));
         Ok(hops.map(Route::new))
     }

@@ -196,7 +196,9 @@ pub struct Node {
     span: Range<usize>,
     /// Its files stay in the cache as long as it serves, for whoever starts it again or changes its span.
     _source: ModelSource,
-    tasks: Vec<tokio::task::JoinHandle<()>>,
+    announcement: Announcement,
+    announcing: tokio::task::JoinHandle<()>,
+    sweeping: tokio::task::JoinHandle<()>,
 }
 
 impl Node {
@@ -232,11 +234,9 @@ impl Node {
         };
         match serving {
             Ok(Some(Serving { span, source, engine, announcement })) => {
-                let tasks = vec![
-                    tokio::spawn(keep_announced(swarm.clone(), engine, announcement)),
-                    tokio::spawn(keep_swept(sessions.clone())),
-                ];
-                Ok(Some(Self { swarm, sessions, model, span, _source: source, tasks }))
+                let announcing = tokio::spawn(keep_announced(swarm.clone(), engine, announcement.clone()));
+                let sweeping = tokio::spawn(keep_swept(sessions.clone()));
+                Ok(Some(Self { swarm, sessions, model, span, _source: source, announcement, announcing, sweeping }))
             }
             other => {
                 swarm.withdraw().await;
@@ -266,10 +266,28 @@ impl Node {
         &self.sessions
     }
 
-    /// Leaves on purpose: tells the sessions' clients, withdraws the announcement, stops the network.
-    pub async fn leave(self) {
-        self.tasks.iter().for_each(tokio::task::JoinHandle::abort);
+    /// Waits until the node's owner asks it, from elsewhere, to leave.
+    pub async fn drain_requested(&self) {
+        self.sessions.drain_requested().await;
+    }
+
+    /// Leaves on purpose: takes no new sessions, tells the clients of those that it has to go elsewhere, serves them until they
+    /// are gone, though no longer than `patience`; then withdraws its announcement and stops the network.
+    pub async fn leave(self, patience: Duration) {
+        self.announcing.abort();
         self.sessions.leave();
+        let draining = Announcement { state: State::Draining, ..self.announcement.clone() };
+        let moving = async {
+            if self.sessions.count() > 0
+                && let Err(error) = self.swarm.announce(draining).await
+            {
+                tracing::debug!(%error, "the swarm does not know that this node is leaving");
+            }
+            self.sessions.all_ended().await;
+        };
+        if tokio::time::timeout(patience, moving).await.is_err() {
+            tracing::warn!(sessions = self.sessions.count(), "leaving although some sessions did not go elsewhere");
+        }
         self.swarm.withdraw().await;
         self.swarm.stop().await;
     }
@@ -277,7 +295,8 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        self.tasks.iter().for_each(tokio::task::JoinHandle::abort);
+        self.announcing.abort();
+        self.sweeping.abort();
     }
 }
 

@@ -17,6 +17,7 @@
 
 pub mod addresses;
 pub mod announcement;
+pub mod drain;
 mod driver;
 mod error;
 pub mod frame;
@@ -135,6 +136,6 @@ pub trait Service: Send + Sync + 'static {
     /// The link's stream ended, for whatever reason; the last call about it, exactly once.
     fn link_closed(&self, link: &Link);
 
-    /// An `info` request. Exchange and probe are answered by the swarm itself.
+    /// An `info` or `drain` request. Exchange and probe are answered by the swarm itself.
     fn request(&self, from: PeerId, request: rpc::Request) -> BoxFuture<'static, rpc::Response>;
 }

@@ -7,12 +7,16 @@ use rustyline::{DefaultEditor, error::ReadlineError};
 
 use super::{
     arguments::SwarmArgs,
-    generate::{GenerationArgs, RuleArgs, chat_ids, connect_with, generate_shown, load_model},
-    output::{PrintError, Shown, print, say},
+    generate::{GenerationArgs, RuleArgs, answer_shown, chat_ids, connect_with, load_model},
+    output::{PrintError, print, say},
     signals::{Interrupted, Signals, Stop},
 };
 use crate::{
-    client::{Client, ClientError, generation::GenerationOptions, local_model::LocalModel},
+    client::{
+        Client, ClientError,
+        generation::{Generation, GenerationOptions},
+        local_model::LocalModel,
+    },
     config,
     model::chat::Message,
 };
@@ -61,6 +65,8 @@ pub(super) async fn converse(
 ) -> anyhow::Result<()> {
     let opening: Vec<Message> = system.map(|text| Message::new("system", text)).into_iter().collect();
     let mut messages = opening.clone();
+    // The hops keep what was said until the chat ends, or they have not heard of it for too long.
+    let mut conversation = None;
     let mut lines = TypedLines::new()?;
     say(format_args!("chatting with {}; {COMMANDS}", client.model().name()));
     while let Some(line) = lines.next(signals).await? {
@@ -68,12 +74,15 @@ pub(super) async fn converse(
             "/quit" | "/exit" => break,
             "/reset" => {
                 messages = opening.clone();
+                conversation = None;
                 say(format_args!("forgotten"));
             }
             command if command.starts_with('/') => say(format_args!("unknown command {command}: {COMMANDS}")),
             text => {
                 messages.push(Message::new("user", text));
-                match answer(client, options, &messages, signals).await? {
+                let ids = chat_ids(client.model(), &messages)?;
+                let answering = answer_shown(client, &mut conversation, &ids, options);
+                match answer(answering, signals).await? {
                     Some(answer) => messages.push(Message::new("assistant", answer)),
                     None => {
                         messages.pop();
@@ -87,14 +96,11 @@ pub(super) async fn converse(
 
 /// Streams one answer. `None` where there is none: it failed, or was stopped before its end.
 async fn answer(
-    client: &Client,
-    options: &GenerationOptions,
-    messages: &[Message],
+    answering: impl Future<Output = anyhow::Result<Generation>>,
     signals: &mut Signals,
 ) -> anyhow::Result<Option<String>> {
-    let ids = chat_ids(client.model(), messages)?;
     let result = tokio::select! {
-        result = generate_shown(client, &ids, options, Shown::Text) => result,
+        result = answering => result,
         stop = signals.received() => {
             print(format_args!("\n"))?;
             if stop == Stop::Terminate {

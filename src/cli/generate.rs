@@ -14,7 +14,7 @@ use super::{
 use crate::{
     client::{
         Client, PeerRules,
-        generation::{Generation, GenerationOptions},
+        generation::{Conversation, Generation, GenerationOptions},
         local_model::{EdgesChoice, LocalModel, ModelIdentity},
         observer::Observer,
         sampling::{InvalidOption, SamplingOptions},
@@ -68,7 +68,7 @@ struct PromptArgs {
 /// Which peers may be hops.
 #[derive(Debug, Clone, Default, Args)]
 pub(super) struct RuleArgs {
-    /// Go through these peers, in this order, instead of the fastest ones.
+    /// Go through these peers, in this order, instead of the fastest ones. Where one is lost, another may take its place.
     #[arg(long, value_name = "PEER_ID,…", value_delimiter = ',')]
     route: Vec<PeerId>,
     /// Use no other peers than these.
@@ -239,6 +239,21 @@ pub(super) async fn generate_shown(
     let mut show = |event| display.event(&event);
     tokio::select! {
         generation = client.generate(ids, options, &mut show) => Ok(generation?),
+        error = display.failed() => Err(error.into()),
+    }
+}
+
+/// As [`generate_shown`], as text, in the session of the conversation.
+pub(super) async fn answer_shown(
+    client: &Client,
+    conversation: &mut Option<Conversation>,
+    ids: &[u32],
+    options: &GenerationOptions,
+) -> anyhow::Result<Generation> {
+    let display = Display::new(Shown::Text);
+    let mut show = |event| display.event(&event);
+    tokio::select! {
+        generation = client.generate_on(conversation, ids, options, &mut show) => Ok(generation?),
         error = display.failed() => Err(error.into()),
     }
 }

@@ -19,8 +19,11 @@ use crate::{
         Beginning, BlockChoice, Node, NodeEvent, NodeOptions, bootstrap::BootstrapService, join,
         sessions::SessionSettings,
     },
-    swarm::{Role, Swarm, SwarmConfig, identity::Identity},
+    swarm::{Role, Swarm, SwarmConfig, announcement::unix_ms, drain, identity::Identity, rpc},
 };
+
+/// How long a node may take to answer that it will leave.
+const DRAIN_ANSWER: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Subcommand)]
 pub(super) enum NodeCommand {
@@ -28,6 +31,8 @@ pub(super) enum NodeCommand {
     Serve(Box<ServeArgs>),
     /// Only help others to find each other: the DHT alone, without blocks.
     Bootstrap(BootstrapArgs),
+    /// Ask a node, from elsewhere, to leave: its sessions go on with other peers, then it ends.
+    Drain(DrainArgs),
 }
 
 /// Who the node is and where it listens.
@@ -97,9 +102,22 @@ pub(super) struct ServeArgs {
     /// What to keep in memory of what sessions sent on, bytes: it is told to the peer that takes a lost next hop's place.
     #[arg(long, value_name = "BYTES", default_value_t = SessionSettings::default().history_bytes)]
     history_bytes: usize,
+    /// How long to serve sessions that find no other peer when the node is asked to stop, seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = seconds(0))]
+    drain_timeout: u64,
     /// A name that others see in `helion client status`.
     #[arg(long, value_name = "NAME", default_value = "")]
     public_name: String,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct DrainArgs {
+    /// The node's address, ending in /p2p/<peer id>, as it prints it.
+    #[arg(value_name = "MADDR")]
+    node: Multiaddr,
+    /// The node's key file: whoever holds it is the node's owner [default: identity.key in the state directory, HELION_HOME].
+    #[arg(long, value_name = "FILE")]
+    identity_path: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -201,9 +219,38 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     };
     let span = node.span();
     introduce(&format!("serving blocks {}:{} of {} as", span.start, span.end, node.model()), node.swarm());
-    stop.await;
+    tokio::select! {
+        () = stop => {}
+        () = node.drain_requested() => {}
+    }
     tracing::info!(sessions = node.sessions().count(), "leaving");
-    leave(node.leave()).await
+    leave(node.leave(Duration::from_secs(args.drain_timeout))).await
+}
+
+pub(super) async fn drain(args: DrainArgs) -> anyhow::Result<()> {
+    let path = args.identity_path.unwrap_or_else(|| config::home().join("identity.key"));
+    let owner = Identity::read(&path)?;
+    let mut address = args.node.clone();
+    let Some(libp2p::multiaddr::Protocol::P2p(peer)) = address.pop() else {
+        return Err(Usage(format!("{} does not end in /p2p/<peer id>", args.node)).into());
+    };
+    if peer != owner.peer_id() {
+        let message = format!("{} is the key of {}, and the address is {peer}'s", path.display(), owner.peer_id());
+        return Err(Usage(message).into());
+    }
+    let request = drain::sign(owner.keypair(), unix_ms())?;
+    let swarm = Swarm::start(SwarmConfig::new(Identity::ephemeral(), Role::Client), Arc::new(BootstrapService)).await?;
+    let mut signals = Signals::new()?;
+    let asking = async { Ok(swarm.request(peer, &[address], rpc::Request::drain(request), DRAIN_ANSWER).await?) };
+    let answer = signals.guard(asking).await;
+    swarm.stop().await;
+    match answer?.body {
+        Some(rpc::response::Body::Drain(answer)) => {
+            Ok(print(format_args!("{peer} is leaving; sessions that go elsewhere: {}\n", answer.sessions))?)
+        }
+        Some(rpc::response::Body::Failure(failure)) => anyhow::bail!("{peer} refuses: {}", failure.message),
+        _ => anyhow::bail!("{peer} does not know how to be asked that: send its process SIGTERM instead"),
+    }
 }
 
 /// What a node needs to start.

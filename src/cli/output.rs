@@ -121,5 +121,8 @@ pub(super) fn summary(generation: &Generation) -> String {
         speed += &format!(", then {rate:.1} tokens a second");
     }
     lines.push(speed);
+    if generation.recoveries > 0 {
+        lines.push(format!("{} hop(s) were lost on the way, and replaced", generation.recoveries));
+    }
     lines.join("\n")
 }

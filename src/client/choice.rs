@@ -26,7 +26,7 @@ const HOP_SECONDS: f64 = 3e-4;
 /// Which peers the user wants as hops.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PeerRules {
-    /// These, in this order; empty: whichever are best.
+    /// These, in this order; empty: whichever are best. Where one is lost, another peer may take its place.
     pub route: Vec<PeerId>,
     /// Only these; empty: all.
     pub allow: HashSet<PeerId>,
@@ -58,8 +58,7 @@ pub enum BadRoute {
 impl PeerRules {
     /// Whether a peer may be a hop at all.
     pub fn allows(&self, peer: PeerId) -> bool {
-        let listed = |peers: &HashSet<PeerId>| peers.is_empty() || peers.contains(&peer);
-        !self.block.contains(&peer) && listed(&self.allow) && (self.route.is_empty() || self.route.contains(&peer))
+        !self.block.contains(&peer) && (self.allow.is_empty() || self.allow.contains(&peer))
     }
 
     /// The hops of the user's own route; `None` where there is none.

@@ -149,12 +149,27 @@ pub enum GenerationEvent {
     },
 }
 
+/// A session that outlives a generation: what comes next starts from what it holds.
+pub struct Conversation {
+    session: Session,
+    /// What its hops hold.
+    ids: Vec<u32>,
+}
+
+impl Conversation {
+    /// How many tokens of a prompt need not be sent. The last one always is: its answer is wanted.
+    fn shared(&self, prompt_ids: &[u32]) -> usize {
+        let same = self.ids.iter().zip(prompt_ids).take_while(|(held, wanted)| held == wanted).count();
+        same.min(prompt_ids.len().saturating_sub(1))
+    }
+}
+
 impl Client {
-    /// Generates from `prompt_ids`, and calls `on_event` as it goes.
+    /// Generates from `prompt_ids`, and calls `on_event` as it goes. Hops that are lost on the way are replaced.
     ///
     /// # Errors
     /// Where the request makes no sense for the model (an empty or too long prompt, ids outside the vocabulary, sampling
-    /// settings out of range), the swarm is incomplete, or a hop is lost.
+    /// settings out of range), the swarm is incomplete, or no hop takes a lost one's place in time.
     pub async fn generate(
         &self,
         prompt_ids: &[u32],
@@ -162,20 +177,58 @@ impl Client {
         on_event: &mut (dyn FnMut(GenerationEvent) + Send),
     ) -> Result<Generation, ClientError> {
         let started = Instant::now();
+        let longest = self.longest(prompt_ids, options)?;
+        self.run(Run { started, longest, prompt_ids, options, room: longest }, &mut None, on_event).await
+    }
+
+    /// As [`Client::generate`], in the session of the generation before it: only the tokens behind what both have in common are
+    /// sent. Where it fails or is given up, the session is closed, and the next generation opens another one.
+    ///
+    /// # Errors
+    /// As [`Client::generate`].
+    pub async fn generate_on(
+        &self,
+        conversation: &mut Option<Conversation>,
+        prompt_ids: &[u32],
+        options: &GenerationOptions,
+        on_event: &mut (dyn FnMut(GenerationEvent) + Send),
+    ) -> Result<Generation, ClientError> {
+        let started = Instant::now();
+        let longest = self.longest(prompt_ids, options)?;
+        // It may get as long as the model allows; that reserves nothing.
+        let room = self.model().spec().max_context;
+        self.run(Run { started, longest, prompt_ids, options, room }, conversation, on_event).await
+    }
+
+    /// How long the sequence may get.
+    fn longest(&self, prompt_ids: &[u32], options: &GenerationOptions) -> Result<usize, ClientError> {
         if options.max_tokens == 0 {
             return Err(ClientError::Request("max-tokens is 0: ask for at least one token".to_owned()));
         }
-        let longest = self.check_prompt(prompt_ids)?.min(prompt_ids.len().saturating_add(options.max_tokens));
+        Ok(self.check_prompt(prompt_ids)?.min(prompt_ids.len().saturating_add(options.max_tokens)))
+    }
+
+    async fn run(
+        &self,
+        run: Run<'_>,
+        kept: &mut Option<Conversation>,
+        on_event: &mut (dyn FnMut(GenerationEvent) + Send),
+    ) -> Result<Generation, ClientError> {
+        let Run { started, longest, prompt_ids, options, room } = run;
         let mut sampler = Sampler::new(options.sampling.clone(), prompt_ids)?;
+        let chunk = options.prefill_chunk.max(1);
         let limits = SessionLimits {
             max_lanes: 1,
-            max_tokens: longest as u64,
+            max_tokens: room as u64,
             max_in_flight: CHUNKS_IN_FLIGHT,
-            max_step_tokens: options.prefill_chunk.min(longest).max(1) as u32,
+            max_step_tokens: chunk.min(room) as u32,
         };
-        let (mut session, route) = self.open_session(limits, options.wait).await?;
+        let mut conversation = match kept.take().filter(|kept| kept.session.limits() == limits) {
+            Some(conversation) => conversation,
+            None => Conversation { session: self.open_session(limits, options.wait).await?.0, ids: Vec::new() },
+        };
         let route_time = started.elapsed();
-        on_event(GenerationEvent::Route { route: entries(&route) });
+        on_event(GenerationEvent::Route { route: entries(&conversation.session.route()) });
         let mut recoveries = 0;
 
         let mut writer = Writer {
@@ -184,10 +237,14 @@ impl Client {
             text: String::new(),
             output_ids: Vec::new(),
         };
-        let mut answer = self.prefill(&mut session, prompt_ids.chunks(options.prefill_chunk.max(1)), &mut None).await?;
+        // Where positions depend on the length, what is held was computed for another one.
+        let depends_on_length = self.model().spec().length_class(1) > 0;
+        let start = if depends_on_length { 0 } else { conversation.shared(prompt_ids) };
+        let session = &mut conversation.session;
+        let mut answer = self.prefill(session, Chunks { ids: prompt_ids, start, size: chunk }, &mut None).await?;
         let mut first_token = None;
         let finish_reason = loop {
-            recoveries += tell_recoveries(&mut session, on_event);
+            recoveries += tell_recoveries(session, on_event);
             let logits = self.logits(&answer)?;
             let id = sampler.sample(&logits)?;
             first_token.get_or_insert_with(|| started.elapsed());
@@ -204,15 +261,19 @@ impl Client {
             answer = if self.model().spec().position_boundary() == Some(position) {
                 // All positions change here: the session is rolled back to 0.
                 let all = [prompt_ids, &writer.output_ids].concat();
-                self.prefill(&mut session, all.chunks(options.prefill_chunk.max(1)), &mut None).await?
+                self.prefill(session, Chunks { ids: &all, start: 0, size: chunk }, &mut None).await?
             } else {
-                self.decode(&mut session, id, position).await?
+                self.decode(session, id, position).await?
             };
         };
         let total = started.elapsed();
 
         let completion_tokens = writer.output_ids.len();
         let decode_time = total.saturating_sub(first_token.unwrap_or(total)).as_secs_f64();
+        let (route, exact) = (entries(&session.route()), session.is_exact());
+        // The last token was never sent.
+        conversation.ids = prompt_ids.iter().chain(&writer.output_ids[..completion_tokens - 1]).copied().collect();
+        *kept = Some(conversation);
         Ok(Generation {
             text: writer.text,
             prompt_ids: prompt_ids.to_vec(),
@@ -226,9 +287,9 @@ impl Client {
                     .then(|| (completion_tokens - 1) as f64 / decode_time.max(1e-9)),
                 total_ms: millis(total),
             },
-            route: entries(&session.route()),
+            route,
             recoveries,
-            exact: session.is_exact(),
+            exact,
         })
     }
 
@@ -247,7 +308,8 @@ impl Client {
         let (mut session, _) = self.open_session(limits, options.wait).await?;
         let logits = Vec::with_capacity(ids.len() * self.model().spec().vocab_size);
         let mut all = Some(logits);
-        self.prefill(&mut session, ids.chunks(options.prefill_chunk.max(1)), &mut all).await?;
+        let chunks = Chunks { ids, start: 0, size: options.prefill_chunk.max(1) };
+        self.prefill(&mut session, chunks, &mut all).await?;
         Ok(all.unwrap_or_default())
     }
 
@@ -281,12 +343,12 @@ impl Client {
     async fn prefill(
         &self,
         session: &mut Session,
-        chunks: std::slice::Chunks<'_, u32>,
+        prompt: Chunks<'_>,
         logits: &mut Option<Vec<f32>>,
     ) -> Result<StepAnswer, ClientError> {
-        let tokens: usize = chunks.clone().map(<[u32]>::len).sum();
-        let mut chunks = chunks.peekable();
-        let mut position = 0;
+        let Chunks { ids, start, size } = prompt;
+        let mut chunks = ids[start..].chunks(size).peekable();
+        let mut position = start;
         let mut last = None;
         loop {
             while session.credit() > 0
@@ -301,12 +363,12 @@ impl Client {
                     lanes: vec![LaneRun { lane: 0, position, tokens: chunk.len() }],
                     input: Input::Tokens(chunk.to_vec()),
                     want,
-                    rope_length: Some(tokens),
+                    rope_length: Some(ids.len()),
                 })?;
                 position += chunk.len();
             }
-            if session.credit() == CHUNKS_IN_FLIGHT as usize {
-                // Nothing is under way and no chunk is left. The prompt is not empty, so there was an answer.
+            if session.in_flight() == 0 {
+                // No chunk is left. The prompt is not empty, so there was an answer.
                 return last.ok_or_else(|| ClientError::Request("the prompt is empty".to_owned()));
             }
             let answer = session.receive().await?;
@@ -340,6 +402,24 @@ impl Client {
         }
         Ok(tokio::task::block_in_place(|| edges.logits(hidden))?)
     }
+}
+
+/// One generation.
+struct Run<'a> {
+    started: Instant,
+    /// Tokens that the sequence may have.
+    longest: usize,
+    prompt_ids: &'a [u32],
+    options: &'a GenerationOptions,
+    /// Tokens that the session may have.
+    room: usize,
+}
+
+/// The tokens of a sequence from `start` on, to be sent in chunks.
+struct Chunks<'a> {
+    ids: &'a [u32],
+    start: usize,
+    size: usize,
 }
 
 /// Turns tokens into text as they come.

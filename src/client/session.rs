@@ -21,7 +21,10 @@ use bytes::{Bytes, BytesMut};
 use libp2p::PeerId;
 
 pub use self::{error::SessionError, repair::Recovery};
-use self::{opening::HopLink, repair::{Repairs, Telling}};
+use self::{
+    opening::HopLink,
+    repair::{Repairs, Telling},
+};
 use super::{
     Client,
     inbox::{Event, Mailbox},
@@ -30,8 +33,9 @@ use crate::{
     engine::{HiddenStates, LaneRun},
     model::Dtype,
     swarm::{
-        Frame, Link, clean,
+        Frame, Link,
         announcement::Announcement,
+        clean,
         history::{History, Place, Rows},
         proto::{announcement, session as proto},
         ticket::{SessionId, SessionLimits},
@@ -282,7 +286,8 @@ impl Session {
         };
         let mut row = 0;
         for run in &lanes {
-            let length_class = self.client.model().spec().length_class(rope_length.unwrap_or(run.position + run.tokens));
+            let length_class =
+                self.client.model().spec().length_class(rope_length.unwrap_or(run.position + run.tokens));
             let place = Place { step: number, lane: run.lane, position: run.position, length_class };
             self.history.keep(place, input.slice(row..row + run.tokens));
             row += run.tokens;

@@ -483,7 +483,9 @@ impl ModelSpec {
     pub fn length_class(&self, length: usize) -> usize {
         let class = |block: &BlockSpec| match block.attention.rope.as_ref()?.scaling {
             RopeScaling::Dynamic { original_context, .. } => Some(length.max(original_context)),
-            RopeScaling::Longrope { original_context, .. } => Some(original_context + usize::from(length > original_context)),
+            RopeScaling::Longrope { original_context, .. } => {
+                Some(original_context + usize::from(length > original_context))
+            }
             _ => None,
         };
         self.blocks.iter().find_map(class).unwrap_or(0)

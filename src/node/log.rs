@@ -74,6 +74,8 @@ pub struct StepLog<S, R> {
     confirmed: u64,
     /// The epoch in which the step that is being computed arrived.
     running: Option<u64>,
+    /// A replay is under way: no step may run.
+    filling: bool,
     held: BTreeMap<u64, S>,
     kept: BTreeMap<u64, R>,
 }
@@ -88,6 +90,7 @@ impl<S, R: Clone> StepLog<S, R> {
             applied: 0,
             confirmed: 0,
             running: None,
+            filling: false,
             held: BTreeMap::new(),
             kept: BTreeMap::new(),
         }
@@ -103,9 +106,9 @@ impl<S, R: Clone> StepLog<S, R> {
         self.applied
     }
 
-    /// Whether a step is being computed.
+    /// Whether a step or a replay is being computed.
     pub fn is_running(&self) -> bool {
-        self.running.is_some()
+        self.running.is_some() || self.filling
     }
 
     /// Whether the step that is being computed came by a route that was given up since.
@@ -140,7 +143,7 @@ impl<S, R: Clone> StepLog<S, R> {
         if self.held.contains_key(&number) || (self.running == Some(epoch) && ahead == 1) {
             return Arrival::Ignored(Ignored::UnderWay);
         }
-        if ahead == 1 && self.running.is_none() {
+        if ahead == 1 && !self.is_running() {
             self.running = Some(epoch);
             return Arrival::Run(step);
         }
@@ -175,16 +178,17 @@ impl<S, R: Clone> StepLog<S, R> {
     /// A replay begins that puts the session after step `applied`; steps wait until [`StepLog::filled`]. False where the
     /// session has steps of its own already.
     pub fn fill(&mut self, applied: u64) -> bool {
-        let is_new = self.applied == 0 && self.running.is_none() && self.held.is_empty() && !self.failed;
+        let is_new = self.applied == 0 && !self.is_running() && self.held.is_empty() && !self.failed;
         if is_new {
             self.applied = applied;
-            self.running = Some(self.epoch);
+            self.filling = true;
         }
         is_new
     }
 
     /// The replay is over. Returns the next step to run, if it is there.
     pub fn filled(&mut self) -> Option<S> {
+        self.filling = false;
         self.start_next()
     }
 

@@ -228,11 +228,16 @@ impl HopSession {
             Arrival::Ignored(why) => tracing::debug!(session = %self.id, number, ?why, "step ignored"),
             Arrival::Refused(why) => {
                 inner.log.fail_epoch();
-                let (code, blame) = (proto::Code::WrongStep, proto::Blame::Client);
-                self.fault(&inner, Report { number, ..Report::new(code, blame, why.to_string()) });
+                let report = Report::new(proto::Code::WrongStep, self.blame_for_steps(&inner), why.to_string());
+                self.fault(&inner, Report { number, ..report });
             }
         }
         Ok(())
+    }
+
+    /// Who makes the steps that arrive: the first hop hears the client; behind it a wrong one is the work of the hop before.
+    fn blame_for_steps(&self, inner: &Inner) -> proto::Blame {
+        if inner.ticket.upstream == self.client { proto::Blame::Client } else { proto::Blame::Upstream }
     }
 
     /// Hands the step whose turn it is to the engine.
@@ -242,10 +247,8 @@ impl HopSession {
         let checked = match border::check_step(&inner.ticket, hidden, &step, payload) {
             Ok(checked) => checked,
             Err(refusal) => {
-                // The first hop hears the client; behind it a wrong shape is the work of the hop before.
-                let blame =
-                    if inner.ticket.upstream == self.client { proto::Blame::Client } else { proto::Blame::Upstream };
-                let report = Report { number: step.number, ..Report::new(refusal.code, blame, refusal.message) };
+                let report = Report::new(refusal.code, self.blame_for_steps(&inner), refusal.message);
+                let report = Report { number: step.number, ..report };
                 return self.step_failed(inner, report);
             }
         };

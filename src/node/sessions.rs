@@ -5,6 +5,7 @@
 
 use std::{
     collections::{HashMap, hash_map::Entry},
+    pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -15,6 +16,8 @@ use std::{
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use libp2p::PeerId;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
 use super::{
     border::{Hosted, Refusal},
@@ -26,6 +29,7 @@ use crate::{
     swarm::{
         Frame, Link, Service, WeakSwarm,
         announcement::{Announcement, unix_ms},
+        drain,
         proto::{rpc, session as proto},
         ticket::{SessionId, Ticket},
     },
@@ -103,6 +107,10 @@ pub struct Sessions {
     sessions: Mutex<HashMap<SessionId, Slot>>,
     steps: AtomicU64,
     refused: AtomicU64,
+    /// A session ended.
+    ended: Notify,
+    /// The node's owner asked it to leave.
+    drain: CancellationToken,
 }
 
 impl Sessions {
@@ -118,6 +126,8 @@ impl Sessions {
             sessions: Mutex::default(),
             steps: AtomicU64::new(0),
             refused: AtomicU64::new(0),
+            ended: Notify::new(),
+            drain: CancellationToken::new(),
         })
     }
 
@@ -141,6 +151,34 @@ impl Sessions {
         }
     }
 
+    /// Waits until the last session has ended.
+    pub async fn all_ended(&self) {
+        loop {
+            let mut ended = pin!(self.ended.notified());
+            // From here on no end is missed.
+            ended.as_mut().enable();
+            if self.count() == 0 {
+                return;
+            }
+            ended.await;
+        }
+    }
+
+    /// Waits until the node's owner asks it, from elsewhere, to leave.
+    pub async fn drain_requested(&self) {
+        self.drain.cancelled().await;
+    }
+
+    /// Whoever holds the node's key may ask it to leave.
+    fn request_drain(&self, request: &rpc::DrainRequest) -> Result<rpc::DrainResponse, String> {
+        let swarm = self.host.get().and_then(|host| host.swarm.upgrade());
+        let swarm = swarm.ok_or_else(|| "this node is still loading its blocks".to_owned())?;
+        drain::verify(request, &swarm.identity().keypair().public(), unix_ms()).map_err(|error| error.to_string())?;
+        tracing::info!("this node was asked by its owner to leave");
+        self.drain.cancel();
+        Ok(rpc::DrainResponse { sessions: self.count() as u32 })
+    }
+
     /// Ends the sessions that have outlived their clients.
     pub(crate) fn sweep(&self, now: Instant) {
         let over: Vec<_> = self
@@ -156,6 +194,7 @@ impl Sessions {
                 tracing::info!(session = %id, "closing a session: {why}");
                 session.tell_leaving(proto::Code::UnknownSession, &format!("the session was closed: {why}"));
                 session.close();
+                self.ended.notify_waiters();
             }
         }
     }
@@ -255,6 +294,7 @@ impl Sessions {
                     session.close();
                 }
                 sessions.remove(&id);
+                self.ended.notify_waiters();
             }
             Some(_) => {
                 drop(sessions);
@@ -339,6 +379,7 @@ impl Sessions {
                     slot.get_mut().opening = false;
                     if slot.get().session.is_none() {
                         slot.remove();
+                        self.ended.notify_waiters();
                     }
                 }
                 self.refuse(&link, &header, refusal, 0);
@@ -488,6 +529,10 @@ impl Service for NodeService {
     fn request(&self, from: PeerId, request: rpc::Request) -> BoxFuture<'static, rpc::Response> {
         let body = match request.body {
             Some(rpc::request::Body::Info(_)) => rpc::response::Body::Info(self.0.info()),
+            Some(rpc::request::Body::Drain(request)) => match self.0.request_drain(&request) {
+                Ok(response) => rpc::response::Body::Drain(response),
+                Err(message) => rpc::response::Body::Failure(rpc::Failure { message }),
+            },
             _ => {
                 tracing::debug!(%from, "a request that this version doesn't know");
                 let message = "this node doesn't know that request".to_owned();

@@ -31,6 +31,11 @@ impl Request {
         Self { body: Some(request::Body::Exchange(rpc::ExchangeRequest { dht_prefix: dht_prefix.to_owned() })) }
     }
 
+    /// Leave, please.
+    pub fn drain(request: rpc::DrainRequest) -> Self {
+        Self { body: Some(request::Body::Drain(request)) }
+    }
+
     /// Send this back.
     pub fn probe(payload: impl Into<bytes::Bytes>) -> Self {
         Self { body: Some(request::Body::Probe(rpc::ProbeRequest { payload: payload.into() })) }

@@ -1,10 +1,14 @@
 //! End-to-end tests: real processes of the `helion` binary on loopback, used as a person would.
 
 mod bad_input;
+mod churn;
+mod evil;
+mod faults;
 mod generate;
 mod gguf;
 mod harness;
 mod lost;
 mod quantized;
+mod sessions;
 mod strangers;
 mod tools;

@@ -109,14 +109,19 @@ impl SessionError {
 
     /// Whether the session can go on with another route.
     pub fn is_repairable(&self) -> bool {
-        let has_forgotten = matches!(self, Self::Fault { code: proto::Code::HistoryGone, .. });
-        has_forgotten || self.peer_to_avoid().is_some()
+        let names_nobody = matches!(self, Self::Overdue { .. } | Self::Fault { code: proto::Code::HistoryGone, .. });
+        names_nobody || self.peer_to_avoid().is_some()
     }
 
     /// Whether the hop has no room for the session: then it must give up what it holds everywhere, or two sessions that wait for
     /// each other's pages would wait for ever.
     pub(super) fn is_for_want_of_room(&self) -> bool {
         matches!(self, Self::Fault { code: proto::Code::CacheFull | proto::Code::Deadline, .. })
+    }
+
+    /// Whether a hop that works says that it will be gone.
+    pub(super) fn is_of_a_leaving_hop(&self) -> bool {
+        matches!(self, Self::Fault { code: proto::Code::Leaving, .. })
     }
 
     /// Whether the connection was lost, and nothing is known of the peer.

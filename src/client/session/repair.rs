@@ -72,6 +72,8 @@ pub(super) struct Repairs {
     lost: HashSet<PeerId>,
     /// Peers whose connection was lost once since the last answer.
     shaky: HashSet<PeerId>,
+    /// The first hop that had not applied the oldest step without an answer when it was asked: lost, where that doesn't change.
+    suspect: Option<PeerId>,
     /// Replaced, but nothing was answered since.
     pending: Vec<Recovery>,
     done: Vec<Recovery>,
@@ -85,6 +87,7 @@ impl Repairs {
             since: None,
             lost: HashSet::new(),
             shaky: HashSet::new(),
+            suspect: None,
             pending: Vec::new(),
             done: Vec::new(),
             is_exact,
@@ -153,6 +156,7 @@ impl Session {
         self.repairs.since = None;
         self.repairs.lost.clear();
         self.repairs.shaky.clear();
+        self.repairs.suspect = None;
         for hop in &self.hops {
             self.client.succeeded(hop.peer);
         }
@@ -180,6 +184,12 @@ impl Session {
                     return Err(SessionError::NotRepaired { lost: Box::new(cause), why, incomplete: None, waited });
                 }
                 Err(Failed::LookUp(error)) => (error.to_string(), None),
+                Err(Failed::Nobody(_)) if is_looked_up && cause.is_of_a_leaving_hop() => {
+                    // It serves on for as long as it can wait; nothing was changed yet.
+                    tracing::info!("a hop is leaving, and no other peer has its blocks: {cause}");
+                    cause.peer_to_avoid().map(|peer| self.repairs.lost.remove(&peer));
+                    return Ok(());
+                }
                 Err(Failed::Nobody(incomplete)) => (incomplete.to_string(), Some(incomplete)),
             };
             let pause = match &incomplete {
@@ -211,6 +221,10 @@ impl Session {
                 self.repairs.lost.insert(peer);
             }
         }
+        if let (SessionError::Overdue { .. }, Some(peer)) = (cause, self.repairs.suspect.take()) {
+            self.client.failed(peer);
+            self.repairs.lost.insert(peer);
+        }
         self.reconnect().await;
         let old: Vec<RouteHop> = self.route().hops;
         let hops = self.replacements(cause, look).await?;
@@ -233,6 +247,9 @@ impl Session {
                 HopState { applied: opened.applied, is_whole: opened.whole, is_filling: opened.filling }
             })
             .collect();
+        let awaited = self.confirmed + 1;
+        let behind = states.iter().position(|state| state.applied < awaited);
+        self.repairs.suspect = behind.map(|hop| self.hops[hop].peer);
         let plan = plan(&states, self.confirmed);
         // Whoever has something and yet must start anew is closed and opened again.
         let again: Vec<usize> = all
@@ -290,7 +307,7 @@ impl Session {
             if look && view.peers.is_empty() {
                 return Err(Failed::TooLarge(format!("no peer's cache holds the {tokens} tokens of this session")));
             }
-        } else if look {
+        } else if look && !cause.is_of_a_leaving_hop() {
             // One that failed may have come back: it has just answered.
             if let Some(found) = self.patch(&view, &|_| true).or_else(|| anew(&|_| true)) {
                 return Ok(found);
@@ -324,9 +341,8 @@ impl Session {
 
     /// Ends the session where it is not needed any more, or is to begin anew with other blocks.
     fn close_what_is_left(&self, hops: &[RouteHop]) {
-        let stays = |old: &HopLink| {
-            hops.iter().any(|hop| hop.announcement.peer_id == old.peer && hop.blocks == old.blocks)
-        };
+        let stays =
+            |old: &HopLink| hops.iter().any(|hop| hop.announcement.peer_id == old.peer && hop.blocks == old.blocks);
         for hop in self.hops.iter().filter(|hop| !stays(hop)) {
             // Where it is lost, there is nobody to be told.
             let _ = self.send_to(hop, proto::frame::Body::Close(proto::Close {}), Bytes::new());

@@ -3,7 +3,7 @@
 //! What a session sends on is kept as its [`History`] (the states themselves, in wire dtype). When the route changes, the client
 //! says how much the next hop has ([`Resume`](proto::Resume)): later steps are sent again, and where it has nothing, the history is
 //! replayed to it in parts. It computes them, keeps what they give as history of its own, and passes that on where hops
-//! behind it have nothing either. Parts are paced by their receiver, so that a long context never fills an outbox.
+//! behind it have nothing either. The last one that needs them paces the parts, so that a long context never fills an outbox.
 
 use std::{
     collections::VecDeque,
@@ -72,6 +72,10 @@ struct Filling {
     next_index: u32,
     waiting: VecDeque<(proto::Replay, Bytes, HeldPermit)>,
     is_computing: bool,
+    /// Where it comes from.
+    upstream: Link,
+    /// How many hops behind this one need it as well.
+    hops_behind: u32,
 }
 
 impl Replaying {
@@ -151,10 +155,6 @@ impl HopSession {
         {
             let applied = sending.applied;
             let part = inner.replaying.history.next(&mut sending.cursor, applied, most);
-            // Of a hop that is being filled itself more is to come.
-            if part.is_none() && inner.replaying.filling.is_some() {
-                return;
-            }
             let head = proto::Replay { applied, hops: sending.hops, index: sending.next_index, ..Default::default() };
             sending.next_index += 1;
             let Some(part) = part else {
@@ -164,7 +164,8 @@ impl HopSession {
             };
             let mut payload = BytesMut::new();
             let states: Vec<HiddenStates> = part.rows.into_iter().map(|kept| kept.states).collect();
-            let Some(HiddenStates { dtype, hidden, .. }) = states.first().cloned() else { return };
+            let Some(first) = states.first() else { return };
+            let tensor = proto::Tensor { rows: part.count as u32, ..wire_tensor(first) };
             states.iter().for_each(|states| payload.extend_from_slice(&states.bytes));
             let replay = proto::Replay {
                 lanes: vec![proto::LaneRun {
@@ -172,21 +173,17 @@ impl HopSession {
                     position: part.position as u64,
                     tokens: part.count as u32,
                 }],
-                tensor: Some(proto::Tensor {
-                    dtype: announcement::Dtype::from(dtype).into(),
-                    rows: part.count as u32,
-                    hidden: hidden as u32,
-                }),
+                tensor: Some(tensor),
                 rope_length: part.length_class as u64,
                 ..head
             };
-            self.counts.bytes_replayed.fetch_add(payload.len() as u64, Ordering::Relaxed);
             self.send_replay(inner, replay, payload.freeze());
         }
     }
 
     fn send_replay(&self, inner: &mut Inner, replay: proto::Replay, payload: Bytes) {
         let Some(next) = inner.downstream.clone() else { return };
+        self.counts.bytes_replayed.fetch_add(payload.len() as u64, Ordering::Relaxed);
         let frame = Frame { header: self.header(inner.log.epoch(), proto::frame::Body::Replay(replay)), payload };
         if let Err(error) = next.send(frame) {
             inner.replaying.sending = None;
@@ -202,11 +199,13 @@ impl HopSession {
         if !is_next || epoch != inner.log.epoch() {
             return;
         }
-        if let Some(sending) = &mut inner.replaying.sending
-            && replayed.index < sending.next_index
-        {
-            sending.computed = sending.computed.max(replayed.index + 1);
-            self.send_parts(&mut inner);
+        if let Some(sending) = &mut inner.replaying.sending {
+            if replayed.index < sending.next_index {
+                sending.computed = sending.computed.max(replayed.index + 1);
+                self.send_parts(&mut inner);
+            }
+        } else if let Some(filling) = inner.replaying.filling.as_ref().filter(|filling| filling.hops_behind > 0) {
+            self.tell_replayed(&inner, &filling.upstream, replayed.index);
         }
     }
 
@@ -228,12 +227,17 @@ impl HopSession {
         let permit = self.held.take(payload.len()).ok_or(NotTaken::NoRoom)?;
         inner.last_used = Instant::now();
         if replay.index == 0 && !inner.replaying.is_filling() && inner.log.fill(replay.applied) {
-            let (applied, waiting) = (replay.applied, VecDeque::new());
-            inner.replaying.filling = Some(Filling { applied, next_index: 0, waiting, is_computing: false });
-            // Those behind that have nothing either hear it from here.
-            if replay.hops > 1 && inner.downstream.is_some() {
-                self.replay_to_next(&mut inner, replay.applied, replay.hops - 1);
-            }
+            let hops_behind = if inner.downstream.is_some() { replay.hops.saturating_sub(1) } else { 0 };
+            // Those behind that have nothing either hear it from here, and nothing else before that.
+            inner.is_paused = hops_behind > 0;
+            inner.replaying.filling = Some(Filling {
+                applied: replay.applied,
+                next_index: 0,
+                waiting: VecDeque::new(),
+                is_computing: false,
+                upstream: link.clone(),
+                hops_behind,
+            });
         }
         let fits = |filling: &Filling| {
             (filling.next_index, filling.applied) == (replay.index, replay.applied)
@@ -243,7 +247,7 @@ impl HopSession {
             Some(filling) if fits(filling) => {
                 filling.next_index += 1;
                 filling.waiting.push_back((replay, payload, permit));
-                self.fill(inner, link);
+                self.fill(inner);
             }
             _ => {
                 let message = format!("part {} of a replay is not the one that is awaited", replay.index);
@@ -255,15 +259,19 @@ impl HopSession {
     }
 
     /// Computes the next part, where none is being computed.
-    fn fill(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>, link: &Link) {
+    fn fill(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>) {
         let Some(filling) = &mut inner.replaying.filling else { return };
         if filling.is_computing {
             return;
         }
         let Some((replay, payload, permit)) = filling.waiting.pop_front() else { return };
         if replay.last {
+            let (applied, hops_behind) = (filling.applied, filling.hops_behind);
             inner.replaying.filling = None;
-            self.send_parts(&mut inner);
+            if hops_behind > 0 {
+                self.send_replay(&mut inner, proto::Replay { hops: hops_behind, ..replay }, Bytes::new());
+                self.send_again(&mut inner, applied);
+            }
             if let Some(next) = inner.log.filled() {
                 self.run(inner, next);
             }
@@ -292,7 +300,7 @@ impl HopSession {
         };
         let keep = if inner.downstream.is_some() { Keep::All } else { Keep::Nothing };
         drop(inner); // the engine may refuse at once, on this thread
-        let (session, link, index) = (self.clone(), link.clone(), replay.index);
+        let (session, index) = (self.clone(), replay.index);
         self.engine.submit(Job {
             cache,
             lanes: checked.lanes,
@@ -302,20 +310,14 @@ impl HopSession {
             deadline: Instant::now() + self.step_deadline,
             cancelled: self.cancelled.clone(),
             done: Box::new(move |cache, result| {
-                session.part_computed(&link, cache, result, (index, step));
+                session.part_computed(cache, result, (index, step));
                 drop(permit);
             }),
         });
     }
 
     /// Takes a part's result from the engine, on the engine's thread.
-    fn part_computed(
-        self: &Arc<Self>,
-        link: &Link,
-        cache: Cache,
-        result: Result<StepOutput, StepError>,
-        part: (u32, proto::Step),
-    ) {
+    fn part_computed(self: &Arc<Self>, cache: Cache, result: Result<StepOutput, StepError>, part: (u32, proto::Step)) {
         let (index, step) = part;
         let mut inner = self.lock();
         if self.cancelled.load(Ordering::Relaxed) {
@@ -325,7 +327,7 @@ impl HopSession {
         inner.last_used = Instant::now();
         let Some(filling) = &mut inner.replaying.filling else { return };
         filling.is_computing = false;
-        let applied = filling.applied;
+        let (applied, hops_behind, upstream) = (filling.applied, filling.hops_behind, filling.upstream.clone());
         let output = match result {
             Ok(output) => output,
             Err(error) => {
@@ -337,16 +339,22 @@ impl HopSession {
         self.counts.tokens_replayed.fetch_add(rows, Ordering::Relaxed);
         let of_history = StepOfHistory { lanes: &step.lanes, rope_length: step.rope_length };
         self.remember(&mut inner, applied, &of_history, &output.hidden);
-        if !inner.replaying.history.is_whole() && inner.replaying.sending.is_some() {
-            let message = "no room for what the hops behind this one have to be told".to_owned();
-            return self.fill_failed(&mut inner, Report::new(proto::Code::Busy, proto::Blame::Nobody, message));
+        if hops_behind > 0 {
+            let (hops, rope_length) = (hops_behind, step.rope_length);
+            let (lanes, tensor) = (step.lanes, Some(wire_tensor(&output.hidden)));
+            let part = proto::Replay { applied, hops, index, last: false, lanes, tensor, rope_length };
+            self.send_replay(&mut inner, part, output.hidden.bytes);
+        } else {
+            self.tell_replayed(&inner, &upstream, index);
         }
-        let header = self.header(inner.log.epoch(), proto::frame::Body::Replayed(proto::Replayed { index }));
-        if link.send(Frame::bare(header)).is_err() {
+        self.fill(inner);
+    }
+
+    fn tell_replayed(&self, inner: &Inner, upstream: &Link, index: u32) {
+        let body = proto::frame::Body::Replayed(proto::Replayed { index });
+        if upstream.send(Frame::bare(self.header(inner.log.epoch(), body))).is_err() {
             tracing::debug!(session = %self.id, "the replaying peer is gone");
         }
-        self.send_parts(&mut inner);
-        self.fill(inner, link);
     }
 
     /// The session is of no use until the client opens it anew: `filling` stays, and says so.
@@ -354,6 +362,14 @@ impl HopSession {
         inner.log.fail_epoch();
         inner.replaying.sending = None;
         self.fault(inner, report);
+    }
+}
+
+fn wire_tensor(states: &HiddenStates) -> proto::Tensor {
+    proto::Tensor {
+        dtype: announcement::Dtype::from(states.dtype).into(),
+        rows: states.rows as u32,
+        hidden: states.hidden as u32,
     }
 }
 

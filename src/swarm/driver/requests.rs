@@ -51,8 +51,10 @@ impl Driver {
             Some(request::Body::Probe(probe)) => {
                 Some(response::Body::Probe(ProbeResponse { payload: probe.payload.clone() }))
             }
-            Some(request::Body::Info(_)) if self.answers.len() < MAX_ANSWERS => None,
-            Some(request::Body::Info(_)) => Response::failure("busy with other requests; ask again").body,
+            Some(request::Body::Info(_) | request::Body::Drain(_)) if self.answers.len() < MAX_ANSWERS => None,
+            Some(request::Body::Info(_) | request::Body::Drain(_)) => {
+                Response::failure("busy with other requests; ask again").body
+            }
             None => Response::failure("this version of helion doesn't know the request").body,
         };
         match body {

@@ -4,10 +4,20 @@ use std::{
     io::{BufRead, BufReader, Read},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
-    sync::{Mutex, mpsc},
+    sync::{Arc, Mutex, mpsc},
     time::{Duration, Instant},
 };
 
+use helion::{
+    client::{
+        Client,
+        local_model::{EdgesChoice, LocalModel, ModelIdentity},
+        session::Patience,
+    },
+    engine::DeviceChoice,
+    model::{Dtype, Quant, hub::HubOptions, source::ModelSource},
+    swarm::{Role, SwarmConfig, identity::Identity},
+};
 use serde_json::Value;
 
 /// A process that takes longer hangs: the slowest of these tests' commands takes a few seconds.
@@ -276,6 +286,8 @@ pub(super) struct Server {
     /// Its address, with its peer id.
     pub(super) address: String,
     pub(super) peer_id: String,
+    /// Its key file.
+    pub(super) key: String,
 }
 
 impl Server {
@@ -289,12 +301,18 @@ impl Server {
         let line = running.line_with("--initial-peers ");
         let address = line.split_once("--initial-peers ").unwrap().1.trim().to_owned();
         let peer_id = address.rsplit_once("/p2p/").unwrap().1.to_owned();
-        Self { running, address, peer_id }
+        let key = args.iter().skip_while(|arg| **arg != "--identity-path").nth(1);
+        Self { running, address, peer_id, key: key.map(ToString::to_string).unwrap_or_default() }
     }
 
     /// Stops it as an operator does, and checks that it leaves well.
-    pub(super) fn terminate(mut self) {
+    pub(super) fn terminate(self) {
         self.running.signal("TERM");
+        self.ends_well();
+    }
+
+    /// Waits for its end, which must be a good one.
+    pub(super) fn ends_well(mut self) {
         let status = self.running.wait();
         assert!(status.success(), "{status}: {}", self.running.said());
     }
@@ -322,4 +340,23 @@ pub(super) fn reference(model: &Path) -> Reference {
 /// The numbers of a JSON array.
 pub(super) fn numbers(value: &Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+/// The network of a client in this process.
+pub(super) fn network(peer: &Server) -> SwarmConfig {
+    SwarmConfig {
+        initial_peers: vec![peer.address.parse().unwrap()],
+        mdns: false,
+        ..SwarmConfig::new(Identity::ephemeral(), Role::Client)
+    }
+}
+
+/// A client in this process, in f32.
+pub(super) async fn client(model: &Path, peer: &Server, patience: Patience) -> Client {
+    let source = ModelSource::open(&model.display().to_string(), HubOptions::default()).await.unwrap();
+    let identity = ModelIdentity::of(&source).await.unwrap();
+    let checkpoint = source.fetch_edges().await.unwrap();
+    let choice = EdgesChoice { dtype: Some(Dtype::F32), quant: Quant::Auto, device: DeviceChoice::Cpu };
+    let model = Arc::new(LocalModel::load(&checkpoint, identity, choice).unwrap());
+    Client::connect(model, network(peer), patience, Duration::from_secs(10)).await.unwrap()
 }

@@ -124,19 +124,49 @@ fn the_last_hop_is_killed() {
 }
 
 #[test]
-fn a_hop_that_leaves_tells_its_sessions() {
+fn a_hop_that_leaves_waits_until_its_sessions_are_elsewhere() {
+    let place = Place::new();
+    let (bootstrap, nodes) = place.swarm(&fixture("llama"), &["0:3", "3:6", "0:3"], &[]);
+    let expected = undisturbed(&place, "llama", &bootstrap);
+    let generating = generating(&place, "llama", &bootstrap, &[]);
+    let leaving = generating.route[0].clone();
+    let (mut leaving, others): (Vec<_>, Vec<_>) = nodes.into_iter().partition(|node| node.peer_id == leaving);
+    // Not by a signal, but by whoever holds its key.
+    let leaving = leaving.pop().unwrap();
+    let asked = place.run(&["node", "drain", &leaving.address, "--identity-path", &leaving.key]);
+    assert!(asked.status.success() && asked.stdout.contains("elsewhere: 1"), "{asked:?}");
+    let (result, recoveries) = generating.finish();
+    assert_eq!(numbers(&result["output_ids"]), expected);
+    assert_eq!(recoveries.len(), 1);
+    leaving.ends_well();
+    drop(others);
+}
+
+#[test]
+fn a_hop_that_leaves_serves_on_where_there_is_no_other() {
     let place = Place::new();
     let (bootstrap, nodes) = place.swarm(&fixture("llama"), &["0:3", "3:6"], &[]);
-    let generating = generating(&place, "llama", &bootstrap, &["--recovery-wait", "1"]);
+    let generating = generating(&place, "llama", &bootstrap, &[]);
     let mut nodes = nodes.into_iter();
     let leaving = nodes.next().unwrap();
-    let peer = leaving.peer_id.clone();
-    leaving.terminate();
-    generating.running.signal("CONT");
-    generating.running.finish().fails(1, &[&peer, "0:3"]);
+    leaving.running.signal("TERM");
+    let (result, recoveries) = generating.finish();
+    assert_eq!((numbers(&result["output_ids"]).len(), recoveries.len()), (400, 0));
+    leaving.ends_well();
     // It is gone from the swarm at once, not when its announcement expires.
     let status = place.status(&fixture("llama"), &bootstrap);
     assert_eq!(status["missing"], serde_json::json!([[0, 3]]));
+}
+
+#[test]
+fn only_the_owner_may_ask_a_node_to_leave() {
+    let place = Place::new();
+    let (bootstrap, nodes) = place.swarm(&fixture("llama"), &["0:6"], &[]);
+    let other = place.path().join("other.key").display().to_string();
+    assert!(place.run(&["identity", "new", &other]).status.success());
+    place.run(&["node", "drain", &nodes[0].address, "--identity-path", &other]).fails(2, &["is the key of"]);
+    let result = place.generate(&fixture("llama"), &bootstrap, &[1, 2], &["--max-tokens", "3"]);
+    assert!(result.status.success(), "{result:?}");
 }
 
 #[test]

@@ -8,39 +8,24 @@ use helion::{
     client::{
         Client,
         generation::GenerationOptions,
-        local_model::{EdgesChoice, LocalModel, ModelIdentity},
         session::{Input, Patience, Session, SessionError, Step, Want},
     },
-    engine::{DeviceChoice, HiddenStates, LaneRun},
-    model::{Dtype, Quant, hub::HubOptions, source::ModelSource},
+    engine::{HiddenStates, LaneRun},
+    model::Dtype,
     swarm::{
-        Frame, Link, Role, Service, Swarm, SwarmConfig,
+        Frame, Link, Service, Swarm,
         announcement::Announcement,
-        identity::Identity,
         proto::{announcement, rpc, session as proto},
         ticket::{SessionId, SessionLimits, Ticket},
     },
 };
 use tokio::sync::mpsc;
 
-use super::harness::{Place, Server, fixture, reference};
+use super::harness::{Place, Server, fixture, network, reference};
 use crate::proxy::DelayingProxy;
 
-fn network(peer: &Server) -> SwarmConfig {
-    SwarmConfig {
-        initial_peers: vec![peer.address.parse().unwrap()],
-        mdns: false,
-        ..SwarmConfig::new(Identity::ephemeral(), Role::Client)
-    }
-}
-
 async fn client(model: &Path, peer: &Server) -> Client {
-    let source = ModelSource::open(&model.display().to_string(), HubOptions::default()).await.unwrap();
-    let identity = ModelIdentity::of(&source).await.unwrap();
-    let checkpoint = source.fetch_edges().await.unwrap();
-    let choice = EdgesChoice { dtype: Some(Dtype::F32), quant: Quant::Auto, device: DeviceChoice::Cpu };
-    let model = Arc::new(LocalModel::load(&checkpoint, identity, choice).unwrap());
-    Client::connect(model, network(peer), Patience::default(), Duration::from_secs(10)).await.unwrap()
+    super::harness::client(model, peer, Patience::default()).await
 }
 
 fn limits(prompt: usize) -> SessionLimits {

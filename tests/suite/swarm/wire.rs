@@ -175,8 +175,14 @@ fn requests_and_responses() {
     pinned(&rpc::Request::exchange("a/b"), "12050a03612f62");
     pinned(&rpc::Request::probe(vec![5]), "1a030a0105");
     let respond = |body| rpc::Response { body: Some(body) };
-    let info =
-        rpc::InfoResponse { sessions: 1, steps: 2, frames_refused: 3, cache_tokens_left: 4, cache_tokens_total: 5, ..Default::default() };
+    let info = rpc::InfoResponse {
+        sessions: 1,
+        steps: 2,
+        frames_refused: 3,
+        cache_tokens_left: 4,
+        cache_tokens_total: 5,
+        ..Default::default()
+    };
     pinned(&respond(response::Body::Info(info)), "0a0a10011802200328043005");
     let exchange = rpc::ExchangeResponse { announcements: vec![SignedAnnouncement::default()] };
     pinned(&respond(response::Body::Exchange(exchange)), "12020a00");

@@ -1,0 +1,82 @@
+//! Nodes that come and go under load: no wrong token, nothing hangs, nothing leaks.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use helion::client::{generation::GenerationOptions, session::Patience};
+use rand::RngExt;
+
+use super::{
+    harness::{HANG, Place, Server, client, fixture, reference},
+    sessions::info,
+};
+
+/// Enough that every kind of hop is lost at every kind of moment, in a time that a test may take.
+const GENERATIONS: usize = 60;
+const AT_A_TIME: usize = 4;
+const SPANS: [&str; 3] = ["0:2", "2:4", "4:6"];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn generations_survive_nodes_that_come_and_go() {
+    let (place, model) = (Arc::new(Place::new()), fixture("llama"));
+    let (bootstrap, nodes) = place.swarm(&model, &[SPANS, SPANS].concat(), &[]);
+    let bootstrap = Arc::new(bootstrap);
+    let client = client(&model, &bootstrap, Patience::default()).await;
+    let reference = Arc::new(reference(&model));
+    let over = Arc::new(AtomicBool::new(false));
+
+    // One after the other is killed, and another one started in its place.
+    let churn = tokio::task::spawn_blocking({
+        let (place, bootstrap, over, model) = (place.clone(), bootstrap.clone(), over.clone(), model.clone());
+        move || {
+            let (mut nodes, mut killed): (Vec<Server>, usize) = (nodes, 0);
+            while !over.load(Ordering::Relaxed) {
+                let index = rand::rng().random_range(0..nodes.len());
+                nodes[index].running.signal("KILL");
+                nodes[index] = place.node(&model, &bootstrap, &["--blocks", SPANS[index % SPANS.len()]]);
+                killed += 1;
+            }
+            (nodes, killed)
+        }
+    });
+    let generate = async {
+        let mut running = tokio::task::JoinSet::new();
+        let mut recoveries = 0;
+        for started in 0..GENERATIONS + AT_A_TIME {
+            if started >= AT_A_TIME
+                && let Some(done) = running.join_next().await
+            {
+                recoveries += done.unwrap();
+            }
+            if started < GENERATIONS {
+                let (client, reference) = (client.clone(), reference.clone());
+                running.spawn(async move {
+                    let options = GenerationOptions {
+                        max_tokens: reference.output.len(),
+                        ignore_eos: true,
+                        prefill_chunk: 16,
+                        wait: Duration::from_secs(30),
+                        ..GenerationOptions::default()
+                    };
+                    let generation = client.generate(&reference.prompt, &options, &mut |_| {}).await.unwrap();
+                    assert_eq!(generation.output_ids, reference.output);
+                    generation.recoveries
+                });
+            }
+        }
+        recoveries
+    };
+    let recoveries = tokio::time::timeout(2 * HANG, generate).await.expect("a generation hangs");
+    over.store(true, Ordering::Relaxed);
+    let (nodes, killed) = churn.await.unwrap();
+    eprintln!("{GENERATIONS} generations, {killed} nodes killed, {recoveries} hops replaced");
+    for node in &nodes {
+        let info = info(&client, node).await;
+        assert_eq!((info.sessions, info.cache_tokens_left, info.history_bytes), (0, info.cache_tokens_total, 0));
+    }
+}

@@ -1,0 +1,271 @@
+//! Which hop is lost × how × when: the tokens are always the reference's, and only what was lost is computed again.
+//!
+//! The client is in this process, so that the fault comes at an exact moment; the nodes are processes of their own.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use helion::{
+    client::{
+        Client,
+        generation::{Generation, GenerationEvent, GenerationOptions, RouteEntry},
+        session::Patience,
+    },
+    swarm::{
+        PeerId,
+        rpc::{Request, response},
+    },
+};
+
+use serde_json::Value;
+
+use super::harness::{Place, Reference, Server, client, copy_fixture, fixture, reference};
+
+/// Bytes of a token's hidden state in the fixtures, in f32.
+const ROW_BYTES: u64 = 64 * 4;
+
+/// A frozen hop is noticed sooner than a user's client would: the others answer at once here.
+const PATIENCE: Duration = Duration::from_millis(700);
+
+/// When something is done to the swarm.
+#[derive(Clone, Copy, PartialEq)]
+enum Moment {
+    /// The session is open, and nothing was sent.
+    Opened,
+    /// This many tokens are there.
+    Token(usize),
+    /// So many hops were replaced already.
+    Recovered(usize),
+}
+
+/// One case: hops of the route are lost by a signal.
+struct Case {
+    family: &'static str,
+    /// The name of changes to the family's configuration.
+    variant: Option<&'static str>,
+    /// The blocks of all nodes.
+    nodes: &'static [&'static str],
+    node_args: &'static [&'static str],
+    /// Which hop, by what signal, when.
+    losses: &'static [(usize, &'static str, Moment)],
+}
+
+const TWICE: &[&str] = &["0:2", "2:4", "4:6", "0:2", "2:4", "4:6"];
+
+impl Default for Case {
+    fn default() -> Self {
+        Self { family: "llama", variant: None, nodes: TWICE, node_args: &[], losses: &[] }
+    }
+}
+
+/// What a case came to.
+struct Outcome {
+    first_route: Vec<RouteEntry>,
+    generation: Generation,
+    /// The peers that were given a signal.
+    lost: Vec<String>,
+    events: Vec<GenerationEvent>,
+    nodes: Vec<Server>,
+    client: Client,
+    reference: Reference,
+    _place: Place,
+}
+
+async fn run(case: Case) -> Outcome {
+    let place = Place::new();
+    let model = match case.variant {
+        Some(variant) => changed(&place, case.family, variant),
+        None => fixture(case.family),
+    };
+    let (bootstrap, nodes) = place.swarm(&model, case.nodes, case.node_args);
+    let patience = Patience { overdue: PATIENCE, pong: PATIENCE, ..Patience::default() };
+    let client = client(&model, &bootstrap, patience).await;
+    let mut reference = reference(&model);
+    let options = GenerationOptions {
+        max_tokens: reference.output.len(),
+        ignore_eos: true,
+        prefill_chunk: 7,
+        ..GenerationOptions::default()
+    };
+    if case.variant.is_some() {
+        reference.prompt.truncate(21);
+        reference.output = client.generate(&reference.prompt, &options, &mut |_| {}).await.unwrap().output_ids;
+    }
+    let (mut events, mut lost, mut route, mut first_route) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut tokens, mut recovered) = (0, 0);
+    let generation = client
+        .generate(&reference.prompt, &options, &mut |event| {
+            let now = match &event {
+                GenerationEvent::Route { route: first } => {
+                    (route, first_route) = (first.clone(), first.clone());
+                    Moment::Opened
+                }
+                GenerationEvent::Recovery { route: repaired, .. } => {
+                    route = repaired.clone();
+                    recovered += 1;
+                    Moment::Recovered(recovered)
+                }
+                GenerationEvent::Token { .. } => {
+                    tokens += 1;
+                    Moment::Token(tokens)
+                }
+            };
+            for (hop, signal, _) in case.losses.iter().filter(|(_, _, moment)| *moment == now) {
+                let peer = &route[*hop].peer_id;
+                nodes.iter().find(|node| &node.peer_id == peer).unwrap().running.signal(signal);
+                lost.push(peer.clone());
+            }
+            events.push(event);
+        })
+        .await
+        .unwrap();
+    assert_eq!(generation.output_ids, reference.output);
+    assert!(generation.exact);
+    Outcome { first_route, generation, lost, events, nodes, client, reference, _place: place }
+}
+
+/// A family's fixture with a changed configuration.
+fn changed(place: &Place, family: &str, variant: &str) -> PathBuf {
+    let model = place.path().join(variant);
+    copy_fixture(family, &model);
+    let read = |path: &Path| -> Value { serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap() };
+    let mut config = read(&model.join("config.json"));
+    for (field, value) in read(&fixture("variants").join(format!("{variant}.json")))["changes"].as_object().unwrap() {
+        config[field] = value.clone();
+    }
+    std::fs::write(model.join("config.json"), config.to_string()).unwrap();
+    model
+}
+
+impl Outcome {
+    /// Rows of steps and of replays that a node has computed, and bytes that it replayed to others.
+    async fn counts(&self, peer: &str) -> (u64, u64, u64) {
+        let node = self.nodes.iter().find(|node| node.peer_id == peer).unwrap();
+        let peer: PeerId = peer.parse().unwrap();
+        let addresses = [node.address.rsplit_once("/p2p/").unwrap().0.parse().unwrap()];
+        let answer = self.client.swarm().request(peer, &addresses, Request::info(), Duration::from_secs(10)).await;
+        let Some(response::Body::Info(info)) = answer.unwrap().body else { panic!("no info") };
+        (info.tokens, info.tokens_replayed, info.bytes_replayed)
+    }
+
+    /// Checks that the hops that were there from first to last computed every token once, and that what was replayed is
+    /// what the lost hops had.
+    async fn only_what_was_lost_is_computed_again(&self) {
+        let rows = (self.reference.prompt.len() + self.reference.output.len() - 1) as u64;
+        let (mut replayed, mut sent) = (0, 0);
+        for hop in &self.generation.route {
+            let (tokens, again, bytes) = self.counts(&hop.peer_id).await;
+            (replayed, sent) = (replayed + again, sent + bytes);
+            if self.first_route.contains(hop) {
+                assert_eq!((tokens, again), (rows, 0), "{hop:?}");
+            } else {
+                assert_eq!(tokens + again, rows, "{hop:?}");
+            }
+        }
+        // Where the first hop was lost, the client replays its tokens.
+        let by_client = self.first_route[0] != self.generation.route[0];
+        if !by_client {
+            assert_eq!(sent, replayed * ROW_BYTES);
+        }
+    }
+
+    fn recoveries(&self) -> usize {
+        let told = self.events.iter().filter(|event| matches!(event, GenerationEvent::Recovery { .. })).count();
+        assert_eq!(told, self.generation.recoveries);
+        told
+    }
+}
+
+/// One hop is lost once.
+async fn one_loss(losses: &'static [(usize, &'static str, Moment)], family: &'static str) {
+    let outcome = run(Case { family, losses, ..Case::default() }).await;
+    assert_eq!(outcome.recoveries(), 1);
+    assert!(outcome.generation.route.iter().all(|hop| !outcome.lost.contains(&hop.peer_id)));
+    outcome.only_what_was_lost_is_computed_again().await;
+    for node in outcome.nodes.iter().filter(|node| outcome.lost.contains(&node.peer_id)) {
+        // A frozen one wakes up, and changes nothing.
+        node.running.signal("CONT");
+    }
+}
+
+macro_rules! one_loss {
+    ($($name:ident: $hop:literal, $signal:literal, $moment:expr, $family:literal;)*) => {$(
+        #[tokio::test(flavor = "multi_thread")]
+        async fn $name() {
+            one_loss(&[($hop, $signal, $moment)], $family).await;
+        }
+    )*};
+}
+
+one_loss! {
+    the_first_hop_is_killed_before_the_prompt: 0, "KILL", Moment::Opened, "llama";
+    the_middle_hop_is_killed_before_the_prompt: 1, "KILL", Moment::Opened, "mistral";
+    the_last_hop_is_killed_before_the_prompt: 2, "KILL", Moment::Opened, "qwen2";
+    the_first_hop_is_killed_in_the_middle: 0, "KILL", Moment::Token(9), "qwen3";
+    the_middle_hop_is_killed_in_the_middle: 1, "KILL", Moment::Token(1), "llama";
+    the_last_hop_is_killed_in_the_middle: 2, "KILL", Moment::Token(22), "llama";
+    the_first_hop_freezes: 0, "STOP", Moment::Token(5), "llama";
+    the_middle_hop_freezes: 1, "STOP", Moment::Token(5), "qwen2";
+    the_last_hop_freezes: 2, "STOP", Moment::Token(5), "llama";
+    the_first_hop_leaves: 0, "TERM", Moment::Token(5), "llama";
+    the_middle_hop_leaves: 1, "TERM", Moment::Token(5), "llama";
+    the_last_hop_leaves: 2, "TERM", Moment::Token(5), "qwen3";
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_neighbours_are_killed_at_once() {
+    let losses = &[(0, "KILL", Moment::Token(4)), (1, "KILL", Moment::Token(4))];
+    let outcome = run(Case { losses, ..Case::default() }).await;
+    assert_eq!(outcome.recoveries(), 2);
+    outcome.only_what_was_lost_is_computed_again().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hops_are_lost_one_after_the_other() {
+    let losses = &[(1, "KILL", Moment::Token(4)), (2, "STOP", Moment::Token(8)), (0, "KILL", Moment::Token(12))];
+    let outcome = run(Case { losses, ..Case::default() }).await;
+    assert_eq!(outcome.recoveries(), 3);
+    for node in &outcome.nodes {
+        node.running.signal("CONT");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_replacement_is_lost_as_soon_as_it_works() {
+    let nodes = &["0:2", "2:4", "4:6", "2:4", "2:4"];
+    let losses = &[(1, "KILL", Moment::Token(4)), (1, "KILL", Moment::Recovered(1))];
+    let outcome = run(Case { nodes, losses, ..Case::default() }).await;
+    assert_eq!(outcome.recoveries(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn spans_need_not_match() {
+    // 0:1 and 5:6 are hosted apart, so that the wide span is the only way at first.
+    let nodes = &["0:1", "1:5", "5:6", "1:3", "2:5"];
+    let outcome = run(Case { nodes, losses: &[(1, "KILL", Moment::Token(7))], ..Case::default() }).await;
+    assert_eq!(outcome.recoveries(), 1);
+    assert_eq!(outcome.generation.route.len(), 4);
+    outcome.only_what_was_lost_is_computed_again().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_forgotten_is_computed_from_the_tokens() {
+    let losses = &[(2, "KILL", Moment::Token(7))];
+    let outcome = run(Case { node_args: &["--history-bytes", "0"], losses, ..Case::default() }).await;
+    assert_eq!(outcome.recoveries(), 1);
+    let (_, replayed, bytes) = outcome.counts(&outcome.generation.route[0].peer_id).await;
+    // The hops keep nothing, so the first one begins anew, and passes on what it computes.
+    assert!(replayed > 0 && bytes == replayed * ROW_BYTES, "{replayed} {bytes}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn positions_that_depend_on_the_length_are_replayed_as_they_were() {
+    for (family, variant) in [("llama", "llama-dynamic"), ("phi3", "phi3-longrope")] {
+        // Past the 24 tokens above which lengths matter.
+        let losses = &[(1, "KILL", Moment::Token(9))];
+        let outcome = run(Case { family, variant: Some(variant), losses, ..Case::default() }).await;
+        assert_eq!(outcome.recoveries(), 1);
+    }
+}

@@ -1,0 +1,121 @@
+//! Sessions over time: they share a cache that is too small for all, and go on from one generation to the next.
+
+use std::time::Duration;
+
+use helion::{
+    client::{
+        Client, PeerRules,
+        generation::{Generation, GenerationOptions},
+        session::Patience,
+    },
+    swarm::{
+        PeerId,
+        rpc::{Request, response},
+    },
+};
+
+use super::harness::{Place, Server, client, fixture, reference};
+
+fn options(max_tokens: usize) -> GenerationOptions {
+    GenerationOptions { max_tokens, ignore_eos: true, prefill_chunk: 16, ..GenerationOptions::default() }
+}
+
+/// What a node says of itself.
+pub(super) async fn info(client: &Client, node: &Server) -> helion::swarm::proto::rpc::InfoResponse {
+    let peer: PeerId = node.peer_id.parse().unwrap();
+    let addresses = [node.address.rsplit_once("/p2p/").unwrap().0.parse().unwrap()];
+    let answer = client.swarm().request(peer, &addresses, Request::info(), Duration::from_secs(10)).await;
+    match answer.unwrap().body {
+        Some(response::Body::Info(info)) => info,
+        other => panic!("no info: {other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sessions_that_together_need_twice_the_cache_all_finish() {
+    const SESSIONS: usize = 12;
+    let (place, model) = (Place::new(), fixture("llama"));
+    // Each session takes 64 tokens in the end.
+    let cache = (SESSIONS * 64 / 2).to_string();
+    let args = ["--attn-cache-tokens", &cache, "--step-deadline", "1"];
+    let (bootstrap, nodes) = place.swarm(&model, &["0:3", "3:6"], &args);
+    let patience = Patience { recovery: Duration::from_secs(50), ..Patience::default() };
+    let client = client(&model, &bootstrap, patience).await;
+    let reference = reference(&model);
+    let mut generations = tokio::task::JoinSet::new();
+    for _ in 0..SESSIONS {
+        let (client, prompt, count) = (client.clone(), reference.prompt.clone(), reference.output.len());
+        generations.spawn(async move { client.generate(&prompt, &options(count), &mut |_| {}).await.unwrap() });
+    }
+    let done: Vec<Generation> = generations.join_all().await;
+    assert!(done.iter().all(|generation| generation.output_ids == reference.output));
+    // Nobody holds on to anything.
+    for node in &nodes {
+        let info = info(&client, node).await;
+        assert_eq!((info.sessions, info.cache_tokens_left, info.history_bytes), (0, info.cache_tokens_total, 0));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_conversation_sends_only_what_is_new() {
+    let (place, model) = (Place::new(), fixture("llama"));
+    let (bootstrap, nodes) = place.swarm(&model, &["0:3", "3:6"], &[]);
+    let client = client(&model, &bootstrap, Patience::default()).await;
+    let reference = reference(&model);
+    let mut conversation = None;
+    let first = client.generate_on(&mut conversation, &reference.prompt, &options(10), &mut |_| {}).await.unwrap();
+    assert_eq!(first.output_ids, reference.output[..10]);
+    let before = info(&client, &nodes[0]).await.tokens;
+    // The next turn: what was said, the last token of it included, which the hops have not seen yet.
+    let prompt = [&reference.prompt[..], &reference.output[..10]].concat();
+    let second = client.generate_on(&mut conversation, &prompt, &options(14), &mut |_| {}).await.unwrap();
+    assert_eq!(second.output_ids, reference.output[10..]);
+    assert_eq!(info(&client, &nodes[0]).await.tokens - before, 1 + 13);
+    // One that goes back only computes what differs.
+    let before = info(&client, &nodes[0]).await.tokens;
+    let third = client.generate_on(&mut conversation, &reference.prompt, &options(5), &mut |_| {}).await.unwrap();
+    assert_eq!(third.output_ids, reference.output[..5]);
+    assert_eq!(info(&client, &nodes[0]).await.tokens - before, 1 + 4);
+    assert_eq!(info(&client, &nodes[0]).await.sessions, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_conversation_survives_a_hop_that_goes_in_the_pause() {
+    let (place, model) = (Place::new(), fixture("qwen3"));
+    let (bootstrap, nodes) = place.swarm(&model, &["0:3", "3:6", "0:3", "3:6"], &[]);
+    let client = client(&model, &bootstrap, Patience::default()).await;
+    let reference = reference(&model);
+    let mut conversation = None;
+    let first = client.generate_on(&mut conversation, &reference.prompt, &options(10), &mut |_| {}).await.unwrap();
+    for hop in &first.route {
+        nodes.iter().find(|node| node.peer_id == hop.peer_id).unwrap().running.signal("KILL");
+    }
+    let prompt = [&reference.prompt[..], &reference.output[..10]].concat();
+    let second = client.generate_on(&mut conversation, &prompt, &options(14), &mut |_| {}).await.unwrap();
+    assert_eq!((second.output_ids, second.recoveries), (reference.output[10..].to_vec(), 2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_users_rules_hold() {
+    let (place, model) = (Place::new(), fixture("llama"));
+    let (bootstrap, nodes) = place.swarm(&model, &["0:6", "0:2", "2:6"], &[]);
+    let client = client(&model, &bootstrap, Patience::default()).await;
+    let ids: Vec<PeerId> = nodes.iter().map(|node| node.peer_id.parse().unwrap()).collect();
+    let through = async |rules: PeerRules| {
+        let generation = client.clone().with_rules(rules).generate(&[1, 2, 3], &options(2), &mut |_| {}).await;
+        generation.map(|generation| generation.route.into_iter().map(|hop| hop.peer_id).collect::<Vec<_>>())
+    };
+    let names = |peers: &[usize]| peers.iter().map(|peer| nodes[*peer].peer_id.clone()).collect::<Vec<_>>();
+    let route = PeerRules { route: vec![ids[1], ids[2]], ..PeerRules::default() };
+    assert_eq!(through(route).await.unwrap(), names(&[1, 2]));
+    let block = PeerRules { block: [ids[0]].into(), ..PeerRules::default() };
+    assert_eq!(through(block).await.unwrap(), names(&[1, 2]));
+    let allow = PeerRules { allow: [ids[0]].into(), ..PeerRules::default() };
+    assert_eq!(through(allow).await.unwrap(), names(&[0]));
+    let early = PeerRules { route: vec![ids[1]], ..PeerRules::default() };
+    assert!(through(early).await.unwrap_err().to_string().contains("ends at block 2"));
+    let gap = PeerRules { route: vec![ids[2]], ..PeerRules::default() };
+    assert!(through(gap).await.unwrap_err().to_string().contains("block 0 is needed"));
+    let nobody = PeerRules { block: ids.iter().copied().collect(), ..PeerRules::default() };
+    assert!(through(nobody).await.unwrap_err().to_string().contains("no peer"));
+}
