@@ -188,7 +188,7 @@ impl Client {
         if !look && let Some(view) = self.observer.recent() {
             return Ok(view);
         }
-        let mut view = self.observer.look_up().await?;
+        let mut view = self.observer.look_around().await?;
         self.observer.measure(&mut view, true).await;
         view.leave_out_silent();
         Ok(view)

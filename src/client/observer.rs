@@ -2,11 +2,16 @@
 
 use std::{
     collections::HashMap,
+    pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
-use futures::{StreamExt, future::join_all, stream::FuturesUnordered};
+use futures::{
+    StreamExt,
+    future::{self, join_all},
+    stream::FuturesUnordered,
+};
 use libp2p::PeerId;
 
 use super::{ClientError, inbox::Inbox, local_model::ModelIdentity, view::SwarmView};
@@ -35,6 +40,9 @@ const VIEW_LIFETIME: Duration = Duration::from_secs(600);
 
 /// What is older than this when it is used is renewed meanwhile, for the next time.
 const REFRESH_AFTER: Duration = Duration::from_secs(10);
+
+/// How long a look-up in the DHT is waited for where peers have told what they know.
+const QUICK_LOOK_UP: Duration = Duration::from_secs(3);
 
 /// Peers that are asked for what they know, where the view is renewed. One knows nearly all; the others make up for one that lags.
 const EXCHANGE_WITH: usize = 3;
@@ -120,11 +128,42 @@ impl Observer {
         let discovery = self.swarm.discover(&self.identity.dht_prefix, self.blocks).await?;
         let mut view = SwarmView::new((*self.identity).clone(), self.blocks);
         view.add(discovery.announcements.clone());
-        // Whoever has left is not in it.
-        let mut known = self.known();
-        known.announcements.clear();
-        known.learn(discovery.announcements);
+        if !discovery.announcements.is_empty() {
+            // Whoever has left is not in it.
+            let mut known = self.known();
+            known.announcements.clear();
+            known.learn(discovery.announcements);
+        }
         Ok(view)
+    }
+
+    /// Looks the swarm up in the DHT and asks peers that are known for what they know, both at once. Where these answer, a DHT
+    /// that is slow, for the peers in it that are gone, is not waited for.
+    pub(crate) async fn look_around(&self) -> Result<SwarmView, ClientError> {
+        let mut looking = pin!(self.look_up());
+        let (heard, found) =
+            future::join(self.ask_around(), tokio::time::timeout(QUICK_LOOK_UP, looking.as_mut())).await;
+        match found {
+            Ok(found) if heard.is_empty() => return found,
+            Err(_) if heard.is_empty() => return looking.await,
+            _ => {}
+        }
+        let mut known = self.known();
+        known.learn(heard);
+        let mut view = SwarmView::new((*self.identity).clone(), self.blocks);
+        view.add(known.announcements.values().cloned());
+        Ok(view)
+    }
+
+    /// What some peers of the swarm know of it.
+    async fn ask_around(&self) -> Vec<Announcement> {
+        let connected = self.swarm.connected();
+        let mut asked: Vec<PeerId> = self.known().announcements.keys().copied().collect();
+        asked.retain(|peer| connected.contains(peer));
+        asked.truncate(EXCHANGE_WITH);
+        let ask = |peer| tokio::time::timeout(PROBE_TIMEOUT, self.swarm.exchange(peer, &self.identity.dht_prefix));
+        let answers = join_all(asked.into_iter().map(ask)).await;
+        answers.into_iter().filter_map(|answer| answer.ok()?.ok()).flatten().collect()
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
@@ -160,13 +199,7 @@ impl Observer {
 
     /// Asks some peers of the swarm for what they know of it, and measures those that are new.
     async fn renew(self) {
-        let connected = self.swarm.connected();
-        let mut asked: Vec<PeerId> = self.known().announcements.keys().copied().collect();
-        asked.sort_by_key(|peer| !connected.contains(peer));
-        asked.truncate(EXCHANGE_WITH);
-        let answers = asked.iter().map(|peer| self.swarm.exchange(*peer, &self.identity.dht_prefix));
-        let answers = join_all(answers).await;
-        let heard: Vec<Announcement> = answers.into_iter().filter_map(Result::ok).flatten().collect();
+        let heard = self.ask_around().await;
         if heard.is_empty() {
             // Those who were known are gone.
             if let Err(error) = self.look_up().await {
