@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::{
-    Dtype,
-    checkpoint::{BlockFormat, spellings},
+    Dtype, Quant,
+    checkpoint::spellings,
     fingerprint::Fingerprint,
     hub::StoredTensor,
     source::{ModelSource, SourceError},
@@ -21,10 +21,10 @@ const FORMATS: [Format; 7] = [
     Format::Floats(Dtype::F32),
     Format::Floats(Dtype::Bf16),
     Format::Floats(Dtype::F16),
-    Format::Blocks(BlockFormat::Q8_0),
-    Format::Blocks(BlockFormat::Q6K),
-    Format::Blocks(BlockFormat::Q4K),
-    Format::Blocks(BlockFormat::Q4_0),
+    Format::Quantized(Quant::Q8_0),
+    Format::Quantized(Quant::Q6K),
+    Format::Quantized(Quant::Q4K),
+    Format::Quantized(Quant::Q4_0),
 ];
 
 /// Of the memory that is free, so many tenths may be taken; the rest is the system's and the computation's own.
@@ -54,13 +54,13 @@ pub struct Inspection {
     /// As the checkpoint has it.
     pub stored: StoredSizes,
     /// The largest block by format, with matrices in the format and the rest in f32.
-    pub block_bytes: BTreeMap<&'static str, u64>,
+    pub block_bytes: BTreeMap<String, u64>,
     /// All blocks by format.
-    pub all_blocks_bytes: BTreeMap<&'static str, u64>,
+    pub all_blocks_bytes: BTreeMap<String, u64>,
     /// Embedding, final norm and head by format.
-    pub edges_bytes: BTreeMap<&'static str, u64>,
+    pub edges_bytes: BTreeMap<String, u64>,
     /// What a token takes in the KV cache, by dtype.
-    pub kv_bytes_per_token: BTreeMap<&'static str, KvSizes>,
+    pub kv_bytes_per_token: BTreeMap<String, KvSizes>,
     /// How many blocks fit on this machine.
     pub fits: Fits,
 }
@@ -110,48 +110,43 @@ pub struct Fits {
     /// The KV cache that is reckoned with, tokens.
     pub cache_tokens: usize,
     /// Blocks by format; the KV cache is in the same dtype, or in bf16 beside quantized weights.
-    pub blocks: BTreeMap<&'static str, usize>,
+    pub blocks: BTreeMap<String, usize>,
 }
 
 /// A format of matrices.
 #[derive(Debug, Clone, Copy)]
 enum Format {
     Floats(Dtype),
-    Blocks(BlockFormat),
+    Quantized(Quant),
 }
 
 impl Format {
-    fn name(self) -> &'static str {
+    fn name(self) -> String {
         match self {
-            Self::Floats(Dtype::F32) => "f32",
-            Self::Floats(Dtype::Bf16) => "bf16",
-            Self::Floats(Dtype::F16) => "f16",
-            Self::Blocks(format) => format.name(),
+            Self::Floats(dtype) => dtype.to_string(),
+            Self::Quantized(quant) => quant.to_string(),
         }
     }
 
     fn kv_dtype(self) -> Dtype {
         match self {
             Self::Floats(dtype) => dtype,
-            Self::Blocks(_) => Dtype::Bf16,
+            Self::Quantized(_) => Dtype::Bf16,
         }
     }
 
-    /// Bytes of a row of `columns` numbers. Rows that a format's blocks don't divide are kept in a plainer one, as they are
-    /// when a node quantizes.
-    fn row_bytes(self, columns: u64) -> u64 {
-        match self {
-            Self::Floats(dtype) => columns * dtype.size_in_bytes() as u64,
-            Self::Blocks(format) => {
-                let numbers = format.numbers() as u64;
-                match (columns % numbers, format) {
-                    (0, _) => columns / numbers * format.bytes() as u64,
-                    (_, BlockFormat::Q4K) => Self::Blocks(BlockFormat::Q4_0).row_bytes(columns),
-                    (_, BlockFormat::Q6K) => Self::Blocks(BlockFormat::Q8_0).row_bytes(columns),
-                    _ => Self::Floats(Dtype::Bf16).row_bytes(columns),
-                }
-            }
-        }
+    /// Bytes of a row of `columns` numbers. One that the format's blocks don't divide is in a plainer one, as when a node
+    /// quantizes.
+    fn row_bytes(self, columns: usize) -> u64 {
+        let blocks = match self {
+            Self::Floats(_) => None,
+            Self::Quantized(quant) => quant.format_for(columns),
+        };
+        let bytes = match blocks {
+            Some(format) => columns / format.numbers() * format.bytes(),
+            None => columns * self.kv_dtype().size_in_bytes(),
+        };
+        bytes as u64
     }
 
     fn tensor_bytes(self, tensor: &TensorSpec) -> u64 {
@@ -161,17 +156,14 @@ impl Format {
             (Values::Bytes, _) => elements,
             (Values::Packed { bytes }, _) => elements * bytes as u64,
             (Values::Otherwise, _) => 0,
-            (Values::Floats, [_, .., columns]) if *columns > 0 => {
-                let columns = *columns as u64;
-                elements / columns * self.row_bytes(columns)
-            }
+            (Values::Floats, [_, .., columns]) if *columns > 0 => elements / *columns as u64 * self.row_bytes(*columns),
             (Values::Floats, _) => elements * Dtype::F32.size_in_bytes() as u64,
         }
     }
 }
 
 /// By format.
-fn each(bytes: impl Fn(Format) -> u64) -> BTreeMap<&'static str, u64> {
+fn each(bytes: impl Fn(Format) -> u64) -> BTreeMap<String, u64> {
     FORMATS.into_iter().map(|format| (format.name(), bytes(format))).collect()
 }
 
@@ -314,12 +306,12 @@ mod tests {
 
     #[test]
     fn rows_are_as_large_as_their_blocks() {
-        let row = |format, columns| Format::Blocks(format).row_bytes(columns);
-        assert_eq!(row(BlockFormat::Q8_0, 64), 68);
-        assert_eq!(row(BlockFormat::Q4K, 512), 288);
-        assert_eq!(row(BlockFormat::Q4K, 64), row(BlockFormat::Q4_0, 64));
-        assert_eq!(row(BlockFormat::Q6K, 64), row(BlockFormat::Q8_0, 64));
-        assert_eq!(row(BlockFormat::Q4_0, 40), 80, "no block fits");
+        let row = |quant, columns| Format::Quantized(quant).row_bytes(columns);
+        assert_eq!(row(Quant::Q8_0, 64), 68);
+        assert_eq!(row(Quant::Q4K, 512), 288);
+        assert_eq!(row(Quant::Q4K, 64), row(Quant::Q4_0, 64));
+        assert_eq!(row(Quant::Q6K, 64), row(Quant::Q8_0, 64));
+        assert_eq!(row(Quant::Q4_0, 40), 80, "no block fits");
         assert_eq!(Format::Floats(Dtype::F32).row_bytes(3), 12);
     }
 
