@@ -32,8 +32,9 @@ pub(super) fn read(checkpoint: &Checkpoint, linear: &LinearSpec) -> Result<Optio
     let layer = Layer { checkpoint, name, linear };
     let weight = layer.tensor("weight")?.map(|tensor| tensor.dtype);
     let matrix = match (packing.format, weight) {
-        (Packing::Fp8 { tile }, Some(StoredDtype::F8_E4M3)) => StoredMatrix::Fp8(fp8::read(&layer, tile)?),
-        // Floating point numbers, or something that the reader of those will name.
+        (_, Some(StoredDtype::F32 | StoredDtype::BF16 | StoredDtype::F16)) => return Ok(None),
+        (Packing::Fp8 { tile }, Some(_)) => StoredMatrix::Fp8(fp8::read(&layer, tile)?),
+        // The reader of floating point numbers says what is wrong.
         (_, Some(_)) | (Packing::Fp8 { .. }, None) => return Ok(None),
         (Packing::Gptq { bits, group, act_order, zeros_less_one }, None) => {
             let format = grouped::Gptq { bits, group, act_order, zeros_less_one };
