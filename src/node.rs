@@ -385,7 +385,7 @@ async fn choose_blocks(
         BlockChoice::Exactly(span) => return Ok(span.clone()),
         BlockChoice::Count(count) => *count,
         BlockChoice::Auto => {
-            let block_bytes = spec.largest_block_bytes(dtype, options.cache_tokens);
+            let block_bytes = source.largest_block_bytes(dtype, options.cache_tokens);
             let free_bytes = inspect::usable_memory_bytes(inspect::free_memory_bytes());
             match (free_bytes / block_bytes.max(1)) as usize {
                 0 => return Err(NodeError::NoRoom { model: options.model.clone(), block_bytes, free_bytes }),

@@ -23,7 +23,7 @@ pub(super) struct Usage(pub(super) String);
 /// Which model, and where its files are.
 #[derive(Debug, Clone, Args)]
 pub(super) struct ModelArgs {
-    /// The model: a hub id (org/name) or a directory with config.json, tokenizer.json and *.safetensors.
+    /// The model: a hub id (org/name), a directory with config.json, tokenizer.json and *.safetensors, or a GGUF file.
     #[arg(long, value_name = "HUB_ID|DIR")]
     pub(super) model: String,
     #[command(flatten)]

@@ -31,7 +31,7 @@ pub(super) struct DemoArgs {
     /// Nodes to start; each gets a part of the blocks.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=64))]
     nodes: usize,
-    /// Another chat model: a hub id or a directory [default: the one that is built in].
+    /// Another chat model: a hub id, a directory or a GGUF file [default: the one that is built in].
     #[arg(long, value_name = "HUB_ID|DIR")]
     model: Option<String>,
     #[command(flatten)]

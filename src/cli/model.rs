@@ -36,7 +36,7 @@ pub(super) enum ModelCommand {
 
 #[derive(Debug, Args)]
 pub(super) struct InspectArgs {
-    /// The model: a hub id (org/name) or a directory.
+    /// The model: a hub id (org/name), a directory or a GGUF file.
     model: String,
     #[command(flatten)]
     hub: HubArgs,

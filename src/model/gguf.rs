@@ -1,8 +1,8 @@
 //! Models in GGUF files: configuration, tokenizer, chat template and weights in one file, or split over several.
 //!
 //! GGUF is llama.cpp's format, and what most quantized models are published in. A file is used as it is: what it says about
-//! the model is read into the same [`ModelSpec`] as a checkpoint of the hub ([`config`]), its tensors are found by their
-//! names in the format ([`names`]), and quantized matrices stay in their blocks. Of the weights only those that are asked
+//! the model is read into the same [`ModelSpec`] as a checkpoint of the hub (`config`), its tensors are found by their
+//! names in the format (`names`), and quantized matrices stay in their blocks. Of the weights only those that are asked
 //! for are read, so a node of four blocks doesn't touch the others' bytes.
 //!
 //! ```text
@@ -42,6 +42,7 @@ use metadata::Metadata;
 use tensors::Tensors;
 
 use super::{
+    Dtype,
     chat::{self, ChatError, ChatTemplate},
     checkpoint::{CheckpointError, StoredMatrix, TensorData},
     generation::GenerationDefaults,
@@ -114,6 +115,19 @@ impl GgufModel {
     /// The file, or all of them in their order.
     pub fn files(&self) -> Vec<PathBuf> {
         self.tensors.paths().map(Path::to_owned).collect()
+    }
+
+    /// Bytes that the weights of the largest block take in memory: packed matrices as they are, the others in `dtype`.
+    pub fn largest_block_bytes(&self, dtype: Dtype) -> u64 {
+        let block = |index: usize| -> u64 {
+            let prefix = format!("blk.{index}.");
+            self.tensors
+                .names()
+                .filter(|name| name.starts_with(&prefix))
+                .map(|name| self.tensors.bytes(name, dtype))
+                .sum()
+        };
+        (0..self.spec.num_blocks()).map(block).max().unwrap_or(0)
     }
 
     /// All tensors, by name.

@@ -11,6 +11,7 @@ use std::{
 };
 
 use super::{
+    Dtype,
     checkpoint::{Checkpoint, CheckpointError, HEAD, spellings},
     family,
     fingerprint::{FileHashes, Fingerprint},
@@ -58,7 +59,7 @@ pub struct ModelSource {
 /// Where a model's weights are.
 enum Files {
     /// In a directory, or on the hub.
-    Model(ModelFiles),
+    Model(Box<ModelFiles>),
     /// In a GGUF file, or several.
     Gguf { model: Arc<GgufModel>, options: HubOptions },
 }
@@ -94,7 +95,7 @@ impl ModelSource {
             Some(_) => (model.to_owned(), default_dht_prefix(model)),
             None => (in_directory(), default_dht_prefix(&full.to_string_lossy())),
         };
-        Ok(Self { argument: model.to_owned(), name, dht_prefix, files: Files::Model(files), spec })
+        Ok(Self { argument: model.to_owned(), name, dht_prefix, files: Files::Model(Box::new(files)), spec })
     }
 
     /// What it was opened by: the hub id, or the path.
@@ -128,6 +129,17 @@ impl ModelSource {
                 let files = model.files();
                 files.first().and_then(|file| file.parent()).map(Path::to_owned).unwrap_or_default()
             }
+        }
+    }
+
+    /// Bytes of the largest block: its weights with floating point numbers in `dtype`, and its part of a KV cache of
+    /// `cache_tokens` tokens. A GGUF file's packed matrices stay as they are.
+    pub fn largest_block_bytes(&self, dtype: Dtype, cache_tokens: usize) -> u64 {
+        let plain = |tokens: usize| self.spec.largest_block_bytes(dtype, tokens);
+        match &self.files {
+            Files::Model(_) => plain(cache_tokens),
+            // All blocks have the same cache, so the rest is the weights.
+            Files::Gguf { model, .. } => model.largest_block_bytes(dtype) + plain(cache_tokens) - plain(0),
         }
     }
 

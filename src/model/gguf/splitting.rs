@@ -30,7 +30,8 @@ const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}
 const BLOOM: &str = r" ?[^(\s|[.,!?…。，、।۔،])]+";
 
 /// The names that are known, for the message about one that isn't.
-pub(super) const KNOWN: &str = "gpt-2, phi-2, llama-bpe, qwen2, gpt-4o, tekken, dbrx, smollm, falcon, falcon3, bloom, starcoder, refact, command-r";
+pub(super) const KNOWN: &str = "gpt-2, phi-2, llama-bpe, qwen2, gpt-4o, tekken, dbrx, smollm, falcon, falcon3, bloom, \
+                                deepseek-coder, starcoder, refact, command-r";
 
 impl Splitting {
     /// The way of that name.
@@ -57,6 +58,14 @@ impl Splitting {
                 json!({ "type": "Digits", "individual_digits": false }),
                 split("[0-9][0-9][0-9]"),
             ])),
+            "deepseek-coder" => plain(sequence(&[
+                split(r"[\r\n]"),
+                split(r"\s?\p{L}+"),
+                split(r"\s?\p{P}+"),
+                split("[一-龥ࠀ-一가-퟿]+"),
+                json!({ "type": "Digits", "individual_digits": true }),
+                bytes(),
+            ])),
             "bloom" | "gpt3-finnish" => plain(pattern(BLOOM)),
             _ => return None,
         })
@@ -76,8 +85,44 @@ fn sequence(parts: &[Json]) -> Json {
     json!({ "type": "Sequence", "pretokenizers": parts })
 }
 
-/// Splits by a pattern, and turns bytes into characters.
+/// Splits by a pattern, and turns bytes into characters too.
 fn pattern(pattern: &str) -> Json {
-    let bytes = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false });
-    sequence(&[split(pattern), bytes])
+    sequence(&[split(pattern), bytes()])
+}
+
+/// Turns bytes into characters, and nothing else.
+fn bytes() -> Json {
+    json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false })
+}
+
+#[cfg(test)]
+mod tests {
+    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, PreTokenizerWrapper};
+
+    use super::*;
+
+    fn words(name: &str, text: &str) -> Vec<String> {
+        let splitting: PreTokenizerWrapper =
+            serde_json::from_value(Splitting::named(name).unwrap().pre_tokenizer).unwrap();
+        let mut words = PreTokenizedString::from(text);
+        splitting.pre_tokenize(&mut words).unwrap();
+        let words = words.get_splits(OffsetReferential::Original, OffsetType::Byte);
+        words.into_iter().map(|(_, (start, end), _)| text[start..end].to_owned()).collect()
+    }
+
+    #[test]
+    fn every_name_splits_in_its_way() {
+        assert!(KNOWN.split(", ").all(|name| Splitting::named(name).is_some()));
+        let text = "It's 1234,5 CamelCase\n\n x";
+        let of = |name: &str| words(name, text).join("|");
+        assert_eq!(of("gpt-2"), "It|'s| 1234|,|5| CamelCase|\n\n| x");
+        assert_eq!(of("llama-bpe"), "It|'s| |123|4|,|5| CamelCase|\n\n| x");
+        assert_eq!(of("qwen2"), "It|'s| |1|2|3|4|,|5| CamelCase|\n\n| x");
+        assert_eq!(of("gpt-4o"), "It's| |123|4|,|5| Camel|Case|\n\n| x");
+        assert_eq!(of("tekken"), "It|'s| |1|2|3|4|,|5| Camel|Case|\n\n| x");
+        assert_eq!(of("smollm"), "It|'s| |1|2|3|4|,|5| CamelCase|\n\n| x");
+        assert_eq!(of("falcon"), "It|'|s| |123|4|,|5| CamelCase|\n\n| x");
+        assert_eq!(of("bloom"), "It's| 1234|,|5| CamelCase|\n\n| x");
+        assert_eq!(of("deepseek-coder"), "It|'|s| |1|2|3|4|,|5| CamelCase|\n|\n| x");
+    }
 }

@@ -17,6 +17,7 @@ use std::{
 
 use super::{header::TensorInfo, kinds::Kind};
 use crate::model::{
+    Dtype,
     checkpoint::{BlockFormat, BlockMatrix, CheckpointError, StoredMatrix, TensorData, read_at},
     hub::StoredTensor,
 };
@@ -95,6 +96,14 @@ impl Tensors {
             (name.clone(), StoredTensor { dtype: info.kind.name().to_uppercase(), shape: info.shape.clone(), bytes })
         });
         stored.collect()
+    }
+
+    /// Bytes that a tensor takes in memory if floating point numbers are kept in `dtype`.
+    pub(super) fn bytes(&self, name: &str, dtype: Dtype) -> u64 {
+        let Some((_, info)) = self.places.get(name) else { return 0 };
+        let kind = if let Kind::Floats(_) = info.kind { Kind::Floats(dtype) } else { info.kind };
+        let (columns, rows) = info.shape.split_last().map_or((1, &[][..]), |(columns, rows)| (*columns, rows));
+        kind.row_bytes(columns).unwrap_or(0) as u64 * rows.iter().product::<usize>() as u64
     }
 
     /// Whether there is such a tensor.
@@ -184,17 +193,18 @@ impl Tensors {
         if let Some(entry) = entry {
             let (count, shape) = info.shape.split_first().ok_or_else(missing)?;
             if entry >= *count || shape.is_empty() {
+                let rows = entry..entry.saturating_add(1);
                 return Err(CheckpointError::NoSuchRows {
                     name: bare.to_owned(),
                     path: path.clone(),
-                    rows: entry..entry + 1,
+                    rows,
                     count: *count,
                 });
             }
+            let (columns, rows) = shape.split_last().map_or((1, &[][..]), |(columns, rows)| (*columns, rows));
+            let row = tensor.kind.row_bytes(columns).ok_or_else(|| tensor.unsupported(name))?;
+            tensor.start += (entry * rows.iter().product::<usize>() * row) as u64;
             tensor.shape = shape;
-            let rows: usize = shape[..shape.len() - 1].iter().product();
-            let bytes = tensor.row_bytes().ok_or_else(|| tensor.unsupported(name))? * rows;
-            tensor.start += (entry * bytes) as u64;
         }
         if tensor.shape != expected {
             return Err(CheckpointError::WrongShape {
@@ -209,11 +219,6 @@ impl Tensors {
 }
 
 impl Stored<'_> {
-    /// Bytes of what the last dimension counts.
-    fn row_bytes(&self) -> Option<usize> {
-        self.kind.row_bytes(self.shape.last().copied().unwrap_or(1))
-    }
-
     /// Reads the rows (entries of the first dimension) one behind the other.
     fn rows(&self, name: &str, rows: impl Iterator<Item = Range<usize>>) -> Result<Rows, CheckpointError> {
         let (count, inner) = self.shape.split_first().map_or((1, &[][..]), |(count, inner)| (*count, inner));
@@ -311,7 +316,7 @@ mod tests {
         // Number `i` has code `i % 16`, in GGML's order: bytes of `i` and `i + 16`.
         let mut block: Vec<u8> = [99].into_iter().chain((0..16).map(|i| i | i << 4)).collect();
         reorder_mxfp4(&mut block);
-        let expected: Vec<u8> = (0..16u8).map(|pair| (2 * pair) % 16 | ((2 * pair + 1) % 16) << 4).collect();
+        let expected: Vec<u8> = (0..16u8).map(|pair| ((2 * pair) % 16) | (((2 * pair + 1) % 16) << 4)).collect();
         assert_eq!(block[..16], expected);
         assert_eq!(block[16], 99);
     }

@@ -57,7 +57,9 @@ struct Token<'a> {
 /// Builds the tokenizer that the metadata describe.
 pub(super) fn tokenizer(metadata: &Metadata) -> Result<Tokenizer, GgufError> {
     let tokens = tokens(metadata)?;
-    let (mut tokenizer, adds_bos) = match metadata.text(MODEL)? {
+    let model = metadata.text(MODEL)?;
+    let pieces = model == Some("llama");
+    let (mut tokenizer, adds_bos) = match model {
         Some("gpt2") => byte_level(metadata, &tokens)?,
         Some("llama") => sentence_piece(metadata, &tokens)?,
         Some(other) => {
@@ -68,8 +70,8 @@ pub(super) fn tokenizer(metadata: &Metadata) -> Result<Tokenizer, GgufError> {
     let added = tokens.iter().filter_map(|token| {
         let special = match token.kind {
             TokenType::Control | TokenType::Unknown => true,
-            // Spaces are merged like all other pieces; as tokens of their own they would be cut out of the text first.
-            TokenType::UserDefined if token.text.chars().all(|c| c == ' ' || c == SPACE) => return None,
+            // SentencePiece's spaces are merged like all other pieces.
+            TokenType::UserDefined if pieces && token.text.chars().all(|c| c == ' ' || c == SPACE) => return None,
             TokenType::UserDefined => false,
             _ => return None,
         };

@@ -25,6 +25,7 @@ files! {
     qwen2_in_f16: "qwen2" from "qwen2.gguf",
     qwen3_moe: "qwen3_moe" from "qwen3_moe.gguf",
     gemma3: "gemma3_text" from "gemma3_text.gguf",
+    gpt_oss: "gpt_oss" from "gpt_oss.gguf",
     phi: "phi" from "phi.gguf",
     phi3: "phi3" from "phi3.gguf",
     falcon_40b: "falcon-40b-style" from "falcon-40b-style.gguf",
