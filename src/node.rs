@@ -173,7 +173,7 @@ pub enum NodeError {
     },
     /// Not even one block fits.
     #[error(
-        "no block of {model} fits into the free memory: one takes {block_bytes} bytes, {free_bytes} are free; a smaller --dtype or --attn-cache-tokens may help"
+        "no block of {model} fits into the free memory: one takes {block_bytes} bytes, {free_bytes} are free; a smaller --dtype, --quant q4_k or fewer --attn-cache-tokens may help"
     )]
     NoRoom {
         /// The model.
@@ -385,7 +385,7 @@ async fn choose_blocks(
         BlockChoice::Exactly(span) => return Ok(span.clone()),
         BlockChoice::Count(count) => *count,
         BlockChoice::Auto => {
-            let block_bytes = source.largest_block_bytes(dtype, options.cache_tokens);
+            let block_bytes = source.largest_block_bytes(dtype, options.quant, options.cache_tokens);
             let free_bytes = inspect::usable_memory_bytes(inspect::free_memory_bytes());
             match (free_bytes / block_bytes.max(1)) as usize {
                 0 => return Err(NodeError::NoRoom { model: options.model.clone(), block_bytes, free_bytes }),

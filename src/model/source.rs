@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{
-    Dtype,
+    Dtype, Quant,
     checkpoint::{Checkpoint, CheckpointError, HEAD, spellings},
     family,
     fingerprint::{FileHashes, Fingerprint},
@@ -132,14 +132,16 @@ impl ModelSource {
         }
     }
 
-    /// Bytes of the largest block: its weights with floating point numbers in `dtype`, and its part of a KV cache of
-    /// `cache_tokens` tokens. A GGUF file's packed matrices stay as they are.
-    pub fn largest_block_bytes(&self, dtype: Dtype, cache_tokens: usize) -> u64 {
-        let plain = |tokens: usize| self.spec.largest_block_bytes(dtype, tokens);
+    /// Bytes of the largest block: its weights, packed as they are or as `quant` says or in `dtype`, and its part of a KV
+    /// cache of `cache_tokens` tokens.
+    pub fn largest_block_bytes(&self, dtype: Dtype, quant: Quant, cache_tokens: usize) -> u64 {
+        let planned = |tokens: usize| self.spec.largest_block_bytes(dtype, quant, tokens);
         match &self.files {
-            Files::Model(_) => plain(cache_tokens),
             // All blocks have the same cache, so the rest is the weights.
-            Files::Gguf { model, .. } => model.largest_block_bytes(dtype) + plain(cache_tokens) - plain(0),
+            Files::Gguf { model, .. } if quant == Quant::Auto => {
+                model.largest_block_bytes(dtype) + planned(cache_tokens) - planned(0)
+            }
+            _ => planned(cache_tokens),
         }
     }
 

@@ -19,7 +19,7 @@ mod tensors;
 
 use serde::Serialize;
 
-use super::Dtype;
+use super::{Dtype, Quant};
 pub(crate) use packing::{AWQ_PER_WORD, WORD_BITS};
 pub use packing::{Packing, PackingSpec};
 pub(crate) use tensors::expert_name;
@@ -491,16 +491,24 @@ impl ModelSpec {
         self.blocks.iter().find_map(class).unwrap_or(0)
     }
 
-    /// Bytes of the largest block: its weights, packed or in `dtype`, and its part of a KV cache of `cache_tokens` tokens.
-    pub fn largest_block_bytes(&self, dtype: Dtype, cache_tokens: usize) -> u64 {
+    /// Bytes of the largest block: its weights, packed as they are or as `quant` says or in `dtype`, and its part of a KV
+    /// cache of `cache_tokens` tokens.
+    pub fn largest_block_bytes(&self, dtype: Dtype, quant: Quant, cache_tokens: usize) -> u64 {
         let size = |tensor: &TensorSpec| match tensor.values {
             Values::Floats => tensor.elements() * dtype.size_in_bytes(),
             Values::Bytes => tensor.elements(),
             Values::Packed { bytes } => tensor.elements() * bytes,
             Values::Otherwise => 0,
         };
+        let kept = |[rows, columns]: [usize; 2]| match quant.format_for(columns) {
+            Some(format) => rows * columns / format.numbers() * format.bytes(),
+            None => rows * columns * dtype.size_in_bytes(),
+        };
         let bytes = |(index, block): (usize, &BlockSpec)| {
-            let weights: usize = self.block_tensors(index).iter().map(size).sum();
+            let weights: usize = match quant {
+                Quant::Auto => self.block_tensors(index).iter().map(size).sum(),
+                _ => block.matrices(self.hidden_size).map(kept).sum(),
+            };
             let cache = 2 * block.attention.kv_heads * block.attention.head_size * cache_tokens * dtype.size_in_bytes();
             weights as u64 + cache as u64
         };

@@ -20,8 +20,7 @@ use super::k_blocks::{Iq4Xs, Q2K, Q3K, Q4K, Q5K, Q6K};
 use crate::{engine::floats::widen_half, model::checkpoint::BlockFormat};
 
 /// What the codes of IQ4_NL and IQ4_XS stand for, before the scale: finer near zero.
-pub(super) const IQ4_NUMBERS: [f32; 16] =
-    [-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0];
+const IQ4_NUMBERS: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
 /// Widens whole blocks: as many numbers as `numbers` has room for.
 pub(super) fn widen(format: BlockFormat, bytes: &[u8], numbers: &mut [f32]) {

@@ -48,9 +48,9 @@ fn bytes(count: usize, seed: u32) -> Vec<u8> {
     random(count, seed).into_iter().map(|value| (value * 1e4) as i32 as u8).collect()
 }
 
-/// Blocks and numbers of `tests/fixtures/packed`, which the `gguf` package has made.
+/// Blocks and numbers of `tests/fixtures/blocks`, which the `gguf` package has made.
 fn reference(format: BlockFormat) -> (Vec<u8>, Vec<f32>) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/packed/blocks.safetensors");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/blocks/blocks.safetensors");
     let file = std::fs::read(path).unwrap();
     let tensors = SafeTensors::deserialize(&file).unwrap();
     let tensor = |what: &str| tensors.tensor(&format!("{}.{what}", format.name())).unwrap().data().to_vec();

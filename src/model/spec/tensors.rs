@@ -3,7 +3,8 @@
 use std::{collections::HashSet, ops::Range};
 
 use super::{
-    BlockSpec, ExpertTensors, ExpertsSpec, FfnSpec, LinearSpec, NormSpec, PackingSpec, RowsSpec, StackedFormat,
+    AttentionSpec, BlockSpec, ExpertTensors, ExpertsSpec, FfnSpec, LinearSpec, NormSpec, PackingSpec, RowsSpec,
+    StackedFormat,
 };
 
 /// A tensor that a part of the model is made of.
@@ -55,6 +56,20 @@ pub(super) fn without_repetitions(tensors: Vec<TensorSpec>) -> Vec<TensorSpec> {
 }
 
 impl BlockSpec {
+    /// Rows and columns of the matrices, however they are stored.
+    pub(super) fn matrices(&self, hidden: usize) -> impl Iterator<Item = [usize; 2]> {
+        let AttentionSpec { q, k, v, o, .. } = &self.attention;
+        let shape = |linear: &LinearSpec| [linear.outputs, linear.inputs];
+        let ffn = match &self.ffn {
+            FfnSpec::Gated { gate, up, down, .. } => vec![shape(gate), shape(up), shape(down)],
+            FfnSpec::Plain { up, down, .. } => vec![shape(up), shape(down)],
+            FfnSpec::Experts(ExpertsSpec { router, count, intermediate, .. }) => {
+                vec![shape(router), [2 * count * intermediate, hidden], [count * hidden, *intermediate]]
+            }
+        };
+        [q, k, v, o].map(shape).into_iter().chain(ffn)
+    }
+
     pub(super) fn tensors(&self, hidden_size: usize, packing: Option<&PackingSpec>) -> Vec<TensorSpec> {
         let attention = &self.attention;
         let mut tensors = Vec::new();

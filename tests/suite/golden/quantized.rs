@@ -169,3 +169,55 @@ fn mxfp4_stays_unless_something_else_is_asked_for() {
     assert_eq!((auto.0, none.0, q8.0), ("mxfp4", "none", "q8_0"));
     assert!(auto.1 < q8.1 && q8.1 < none.1);
 }
+
+/// A packed checkpoint computes what its widened numbers do: bit for bit where the columns are in order, and within
+/// rounding where they are stored in another one and sums are taken in that.
+fn packed_equals_widened(name: &str, packed_in: &str) {
+    let open = |quant: Quant| {
+        let checkpoint = Checkpoint::open(&fixture("packed-checkpoints").join(name)).unwrap();
+        Golden { checkpoint, quant, tensors: HashMap::new() }
+    };
+    let (packed, wide) = (open(Quant::Auto), open(Quant::None));
+    let prompt: Vec<u32> = (0..40).map(|i| (i * 37 + 5) % 500).collect();
+    let edges = wide.edges(Dtype::F32);
+    let engines = [&packed, &wide].map(|golden| golden.engine(0..golden.blocks(), Dtype::F32));
+    assert_eq!((engines[0].quantization(), engines[1].quantization()), (packed_in, "none"));
+    assert!(engines[0].loaded_bytes() < engines[1].loaded_bytes());
+    let outputs = engines.map(|engine| prefill(&mut Chain::new(&[engine]), &edges, &prompt, 40, Dtype::F32));
+    let [found, expected] = [&outputs[0], &outputs[1]].map(|bytes| floats(bytes));
+    assert_close(&found, &expected, name);
+    if !name.starts_with("gptq") {
+        assert!(outputs[0] == outputs[1], "{name}");
+    }
+    // In chunks, and cut in two.
+    let engines = packed.engines(&[1], Dtype::F32);
+    assert!(prefill(&mut Chain::new(&engines), &edges, &prompt, 7, Dtype::F32) == outputs[0], "{name}");
+    // Packed again in another format.
+    let golden = open(Quant::Q8_0);
+    let engine = golden.engine(0..golden.blocks(), Dtype::F32);
+    assert_eq!(engine.quantization(), "q8_0");
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
+}
+
+#[test]
+fn packed_checkpoints_compute_what_their_numbers_do() {
+    for (name, packed_in) in [
+        ("fp8-qwen3", "fp8"),
+        ("fp8-qwen3_moe", "fp8"),
+        ("fp8-phi3", "fp8"),
+        ("fp8-llama", "fp8"),
+        ("fp8-qwen2", "fp8"),
+        ("gptq-llama", "int4"),
+        ("gptq-phi3", "int4"),
+        ("gptq-qwen3_moe", "int4"),
+        ("awq-phi3", "int4"),
+        ("awq-qwen2", "int4"),
+        ("int4-qwen3", "int4"),
+        ("int8-llama", "int8"),
+    ] {
+        packed_equals_widened(name, packed_in);
+    }
+}
