@@ -132,7 +132,7 @@ fn fives(bits: [u8; 4], bytes: &[u8; 16]) -> [u8; 32] {
     let mut highest = [[0; 8]; 4];
     for (highest, bits) in highest.iter_mut().zip(bits) {
         // The byte eight times, in each of which one bit is kept; whatever is not zero then carries to the highest bit.
-        let kept = u64::from(black_box(bits)) * 0x0101_0101_0101_0101 & 0x8040_2010_0804_0201;
+        let kept = (u64::from(black_box(bits)) * 0x0101_0101_0101_0101) & 0x8040_2010_0804_0201;
         *highest = (((kept + 0x7F7F_7F7F_7F7F_7F7F) & 0x8080_8080_8080_8080) >> 3).to_le_bytes();
     }
     let mut codes = nibbles(bytes);

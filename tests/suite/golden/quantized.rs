@@ -186,7 +186,7 @@ fn packed_equals_widened(name: &str, packed_in: &str) {
     let outputs = engines.map(|engine| prefill(&mut Chain::new(&[engine]), &edges, &prompt, 40, Dtype::F32));
     let [found, expected] = [&outputs[0], &outputs[1]].map(|bytes| floats(bytes));
     assert_close(&found, &expected, name);
-    if !name.starts_with("gptq") {
+    if !["gptq-llama", "gptq-phi3"].contains(&name) {
         assert!(outputs[0] == outputs[1], "{name}");
     }
     // In chunks, and cut in two.
@@ -211,7 +211,7 @@ fn packed_checkpoints_compute_what_their_numbers_do() {
         ("fp8-llama", "fp8"),
         ("fp8-qwen2", "fp8"),
         ("gptq-llama", "int4"),
-        ("gptq-phi3", "int4"),
+        ("gptq-phi3", "int8"),
         ("gptq-qwen3_moe", "int4"),
         ("awq-phi3", "int4"),
         ("awq-qwen2", "int4"),
