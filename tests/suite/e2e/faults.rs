@@ -2,10 +2,7 @@
 //!
 //! The client is in this process, so that the fault comes at an exact moment; the nodes are processes of their own.
 
-use std::{
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{path::PathBuf, time::Duration};
 
 use helion::{
     client::{
@@ -43,8 +40,8 @@ enum Moment {
 /// One case: hops of the route are lost by a signal.
 struct Case {
     family: &'static str,
-    /// The name of changes to the family's configuration.
-    variant: Option<&'static str>,
+    /// Changes to the family's configuration, JSON.
+    changes: Option<&'static str>,
     /// The blocks of all nodes.
     nodes: &'static [&'static str],
     node_args: &'static [&'static str],
@@ -56,7 +53,7 @@ const TWICE: &[&str] = &["0:2", "2:4", "4:6", "0:2", "2:4", "4:6"];
 
 impl Default for Case {
     fn default() -> Self {
-        Self { family: "llama", variant: None, nodes: TWICE, node_args: &[], losses: &[] }
+        Self { family: "llama", changes: None, nodes: TWICE, node_args: &[], losses: &[] }
     }
 }
 
@@ -75,8 +72,8 @@ struct Outcome {
 
 async fn run(case: Case) -> Outcome {
     let place = Place::new();
-    let model = match case.variant {
-        Some(variant) => changed(&place, case.family, variant),
+    let model = match case.changes {
+        Some(changes) => changed(&place, case.family, changes),
         None => fixture(case.family),
     };
     let (bootstrap, nodes) = place.swarm(&model, case.nodes, case.node_args);
@@ -89,7 +86,7 @@ async fn run(case: Case) -> Outcome {
         prefill_chunk: 7,
         ..GenerationOptions::default()
     };
-    if case.variant.is_some() {
+    if case.changes.is_some() {
         reference.prompt.truncate(21);
         reference.output = client.generate(&reference.prompt, &options, &mut |_| {}).await.unwrap().output_ids;
     }
@@ -127,15 +124,16 @@ async fn run(case: Case) -> Outcome {
 }
 
 /// A family's fixture with a changed configuration.
-fn changed(place: &Place, family: &str, variant: &str) -> PathBuf {
-    let model = place.path().join(variant);
+fn changed(place: &Place, family: &str, changes: &str) -> PathBuf {
+    let model = place.path().join("changed");
     copy_fixture(family, &model);
-    let read = |path: &Path| -> Value { serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap() };
-    let mut config = read(&model.join("config.json"));
-    for (field, value) in read(&fixture("variants").join(format!("{variant}.json")))["changes"].as_object().unwrap() {
+    let path = model.join("config.json");
+    let mut config: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    let changes: Value = serde_json::from_str(changes).unwrap();
+    for (field, value) in changes.as_object().unwrap() {
         config[field] = value.clone();
     }
-    std::fs::write(model.join("config.json"), config.to_string()).unwrap();
+    std::fs::write(path, config.to_string()).unwrap();
     model
 }
 
@@ -262,10 +260,14 @@ async fn what_was_forgotten_is_computed_from_the_tokens() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn positions_that_depend_on_the_length_are_replayed_as_they_were() {
-    for (family, variant) in [("llama", "llama-dynamic"), ("phi3", "phi3-longrope")] {
+    let dynamic = r#"{"max_position_embeddings": 24, "rope_scaling": {"type": "dynamic", "factor": 2.0}}"#;
+    let longrope = r#"{"original_max_position_embeddings": 24, "partial_rotary_factor": 0.75, "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0, 1.05, 1.1, 1.2, 1.3, 1.5], "long_factor": [1.0, 1.5, 2.5, 4.0, 8.0, 16.0]}}"#;
+    for (family, changes) in [("llama", dynamic), ("phi3", longrope)] {
         // Past the 24 tokens above which lengths matter.
         let losses = &[(1, "KILL", Moment::Token(9))];
-        let outcome = run(Case { family, variant: Some(variant), losses, ..Case::default() }).await;
+        let outcome = run(Case { family, changes: Some(changes), losses, ..Case::default() }).await;
         assert_eq!(outcome.recoveries(), 1);
     }
 }
