@@ -1,8 +1,8 @@
 //! A session: one KV cache across the hops of a route, as its client sees it.
 //!
-//! The client opens the session on every hop with a signed ticket ([`opening`]), then sends numbered steps to the first hop and
+//! The client opens the session on every hop with a signed ticket (`opening`), then sends numbered steps to the first hop and
 //! receives each answer from the last one. It never waits in vain: a hop that answers with a fault, whose link ends, or that
-//! doesn't answer a ping while a step is overdue is lost, and another one takes its place ([`repair`]): the hop before it
+//! doesn't answer a ping while a step is overdue is lost, and another one takes its place (`repair`): the hop before it
 //! replays what it had sent on, the others keep what they have, and the steps under way go on. Whoever uses the session
 //! sees a pause, and later what happened ([`Session::take_recoveries`]).
 

@@ -1,5 +1,5 @@
 //! A checkpoint on disk: a folder with `config.json` and safetensors files, as on the Hugging Face hub, or a GGUF file
-//! ([`gguf`](super::gguf)).
+//! ([`super::gguf`]).
 //!
 //! A node needs the tensors of its span and nothing else, so opening a checkpoint reads only `config.json` and, where
 //! there are several files, their index. A file's header is read when the first of its tensors is asked for, and a

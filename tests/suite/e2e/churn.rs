@@ -46,8 +46,9 @@ async fn generations_survive_nodes_that_come_and_go() {
             let (mut nodes, mut killed): (Vec<Server>, usize) = (nodes, 0);
             while !over.load(Ordering::Relaxed) {
                 let index = rand::rng().random_range(0..nodes.len());
-                nodes[index].running.signal("KILL");
-                nodes[index] = start(&place, &model, &bootstrap, index);
+                // Killed and waited for: until then its key file is in use.
+                drop(nodes.remove(index));
+                nodes.insert(index, start(&place, &model, &bootstrap, index));
                 killed += 1;
                 std::thread::sleep(BETWEEN_KILLS);
             }
