@@ -41,6 +41,7 @@ mod batcher;
 mod block;
 mod cache;
 mod edges;
+mod exp;
 mod experts;
 mod ffn;
 mod floats;
