@@ -47,7 +47,12 @@ async fn run(model: &Path) -> anyhow::Result<()> {
     let blocks = checkpoint.spec().num_blocks();
     let edges = Edges::load(
         &checkpoint,
-        helion::engine::EdgesOptions { dtype: Dtype::F32, quant: Quant::Auto, device: DeviceChoice::Cpu },
+        helion::engine::EdgesOptions {
+            dtype: Dtype::F32,
+            quant: Quant::Auto,
+            device: DeviceChoice::Cpu,
+            threads: None,
+        },
     )?;
     let alone = Engine::load(&checkpoint, EngineOptions::new(0..blocks, Dtype::F32), &mut |_, _| {})?;
 
@@ -181,7 +186,7 @@ fn median(times: impl Iterator<Item = f64>) -> f64 {
 
 async fn connect(source: &ModelSource, address: &str) -> anyhow::Result<Client> {
     let identity = ModelIdentity::of(source).await?;
-    let choice = EdgesChoice { dtype: Some(Dtype::F32), quant: Quant::Auto, device: DeviceChoice::Cpu };
+    let choice = EdgesChoice { dtype: Some(Dtype::F32), quant: Quant::Auto, device: DeviceChoice::Cpu, threads: None };
     let model = LocalModel::load(&source.fetch_edges().await?, identity, choice)?;
     let network = SwarmConfig {
         initial_peers: vec![address.parse()?],

@@ -32,7 +32,7 @@
 //!
 //! # Threads
 //!
-//! One thread runs the batcher and the passes. It belongs to a pool with a thread for each core, of which large products
+//! One thread runs the batcher and the passes. It belongs to a pool with a thread for each core, or as many as are asked for, of which large products
 //! use the others; a small model's step never leaves its thread.
 
 mod alibi;
@@ -45,6 +45,7 @@ mod exp;
 mod experts;
 mod ffn;
 mod floats;
+mod head;
 mod hidden;
 mod job;
 mod linear;
@@ -57,12 +58,13 @@ mod planes;
 mod product;
 mod rope;
 mod schedule;
+mod scratch;
 pub mod speed;
 mod tensor;
+mod threads;
 
 use std::{
     collections::BTreeSet,
-    io,
     ops::Range,
     sync::{Arc, atomic::Ordering},
     time::Instant,
@@ -80,6 +82,7 @@ pub use matrix::Matrix;
 pub use pages::{LaneRun, PAGE_TOKENS, WATERMARK_SHARE};
 use pass::Span;
 use planes::KvPlanes;
+pub use threads::MAX_THREADS;
 
 use crate::model::{Dtype, Quant, checkpoint::Checkpoint, spec::ModelSpec};
 
@@ -124,10 +127,13 @@ pub struct EngineOptions {
     pub batch_tokens: usize,
     /// Jobs that may wait. Each holds its hidden states, so this bounds memory, too.
     pub queue: usize,
+    /// Threads that compute, from 1 to [`MAX_THREADS`]; `None`: one a core. Results don't depend on it.
+    pub threads: Option<usize>,
 }
 
 impl EngineOptions {
-    /// Options for `span` in `dtype`: matrices as the checkpoint has them, on the best device, 8192 tokens of cache, passes of 512 rows, 256 jobs waiting.
+    /// Options for `span` in `dtype`: matrices as the checkpoint has them, on the best device, 8192 tokens of cache, passes of 512 rows, 256 jobs waiting,
+    /// a thread for each core.
     pub fn new(span: Range<usize>, dtype: Dtype) -> Self {
         Self {
             span,
@@ -137,6 +143,7 @@ impl EngineOptions {
             cache_tokens: 8192,
             batch_tokens: 512,
             queue: 256,
+            threads: None,
         }
     }
 }
@@ -182,7 +189,7 @@ impl Engine {
         options: EngineOptions,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self, LoadError> {
-        let EngineOptions { span, dtype, quant, device, cache_tokens, batch_tokens, queue } = options;
+        let EngineOptions { span, dtype, quant, device, cache_tokens, batch_tokens, queue, threads } = options;
         device.check()?;
         let spec = checkpoint.spec().clone();
         if span.is_empty() || span.end > spec.num_blocks() {
@@ -193,14 +200,11 @@ impl Engine {
         let blocks = Span::load(&spec, span.clone(), (dtype, pages as usize), &mut source, progress)?;
         let loaded = source.finish();
         let desk = Arc::new(Desk::new(pages));
+        let threads = threads::pool("engine", threads)?;
         let batcher = Batcher::new(desk.clone(), blocks, batch_tokens);
         // What was spawned keeps the pool alive. The batcher is one of its workers, so that it can share a product with
         // the others without handing over and waking up.
-        rayon::ThreadPoolBuilder::new()
-            .thread_name(|index| format!("engine-{index}"))
-            .build()
-            .map_err(|error| LoadError::Threads(io::Error::other(error)))?
-            .spawn(move || batcher.run());
+        threads.spawn(move || batcher.run());
         Ok(Self { shared: Arc::new(Shared { desk, spec, span, dtype, loaded, queue }) })
     }
 

@@ -54,7 +54,7 @@
 //! let source = ModelSource::open("path/to/model", HubOptions::default()).await?;
 //! let identity = ModelIdentity::of(&source).await?;
 //! let checkpoint = source.fetch_edges().await?;
-//! let choice = EdgesChoice { dtype: None, quant: Quant::Auto, device: DeviceChoice::Auto };
+//! let choice = EdgesChoice { dtype: None, quant: Quant::Auto, device: DeviceChoice::Auto, threads: None };
 //! let model = Arc::new(LocalModel::load(&checkpoint, identity, choice)?);
 //!
 //! let network = SwarmConfig {

@@ -87,6 +87,8 @@ pub struct NodeOptions {
     pub dtype: Option<Dtype>,
     /// How matrices are quantized.
     pub quant: Quant,
+    /// Threads that compute; `None`: one a core.
+    pub threads: Option<usize>,
     /// Tokens in the KV pool.
     pub cache_tokens: usize,
     /// Limits of its sessions.
@@ -334,6 +336,7 @@ async fn begin(
     let engine_options = EngineOptions {
         device: options.device,
         quant: options.quant,
+        threads: options.threads,
         cache_tokens: options.cache_tokens,
         // A session has one step in the engine at the most.
         queue: options.sessions.max_sessions,

@@ -7,7 +7,7 @@ use libp2p::Multiaddr;
 
 use crate::{
     config,
-    engine::DeviceChoice,
+    engine::{DeviceChoice, MAX_THREADS},
     model::{Dtype, Quant, hub::HubOptions},
     swarm::{Role, SwarmConfig, identity::Identity},
 };
@@ -89,6 +89,9 @@ pub(super) struct SwarmArgs {
     /// How embedding and head are quantized: auto (as stored), none, q8_0, q4_0, q4_k or q6_k.
     #[arg(long, env = "HELION_HEAD_QUANT", value_name = "QUANT", default_value_t = Quant::Auto)]
     pub(super) head_quant: Quant,
+    /// Threads that the client's part computes on [default: one a core].
+    #[arg(long, value_name = "N", value_parser = threads())]
+    pub(super) threads: Option<usize>,
 }
 
 /// Where the first peers come from.
@@ -158,6 +161,11 @@ pub(super) fn seconds(least: u64) -> RangedU64ValueParser<u64> {
 /// A number of something, at least one.
 pub(super) fn count() -> RangedU64ValueParser<usize> {
     RangedU64ValueParser::new().range(1..)
+}
+
+/// A number of threads.
+pub(super) fn threads() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..=MAX_THREADS as u64)
 }
 
 /// A number of bytes: `1500000`, `200GB` (powers of 1000), `50GiB` (powers of 1024). A fraction is fine where there is a unit.

@@ -83,6 +83,7 @@ async fn start(args: &DemoArgs, scratch: &Path, processes: &mut Processes) -> an
         join_timeout: 20,
         dtype,
         head_quant: Quant::Auto,
+        threads: None,
     };
     let local = load_model(&swarm).await?;
     check_template(&local)?;

@@ -201,7 +201,12 @@ pub(super) async fn observe(args: &SwarmArgs) -> anyhow::Result<Observer> {
 pub(super) async fn load_model(args: &SwarmArgs) -> anyhow::Result<Arc<LocalModel>> {
     let (source, identity) = find_model(args).await?;
     let checkpoint = source.fetch_edges().await?;
-    let choice = EdgesChoice { dtype: args.dtype.dtype(), quant: args.head_quant, device: DeviceChoice::Auto };
+    let choice = EdgesChoice {
+        dtype: args.dtype.dtype(),
+        quant: args.head_quant,
+        device: DeviceChoice::Auto,
+        threads: args.threads,
+    };
     // On a thread of its own, so that Ctrl-C is heard meanwhile.
     let loaded = tokio::task::spawn_blocking(move || LocalModel::load(&checkpoint, identity, choice)).await?;
     Ok(Arc::new(loaded?))

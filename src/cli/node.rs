@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use libp2p::Multiaddr;
 
 use super::{
-    arguments::{DtypeArg, ModelArgs, PeerArgs, Usage, block_range, count, device, seconds},
+    arguments::{DtypeArg, ModelArgs, PeerArgs, Usage, block_range, count, device, seconds, threads},
     output::print,
     progress::Progress,
     signals::Signals,
@@ -90,6 +90,9 @@ pub(super) struct ServeArgs {
     /// How the blocks' matrices are quantized: auto (as stored), none, q8_0, q4_0, q4_k or q6_k.
     #[arg(long, env = "HELION_QUANT", value_name = "QUANT", default_value_t = Quant::Auto)]
     quant: Quant,
+    /// Threads that compute [default: one a core].
+    #[arg(long, value_name = "N", value_parser = threads())]
+    threads: Option<usize>,
     /// Tokens in the KV cache, over all sessions.
     #[arg(long, value_name = "N", default_value_t = 16384, value_parser = count())]
     attn_cache_tokens: usize,
@@ -272,6 +275,7 @@ async fn prepare(args: &ServeArgs) -> anyhow::Result<(ModelSource, NodeOptions, 
         device: args.device,
         dtype: args.dtype.dtype(),
         quant: args.quant,
+        threads: args.threads,
         cache_tokens: args.attn_cache_tokens,
         sessions: SessionSettings {
             max_sessions: args.max_sessions,

@@ -243,9 +243,10 @@ impl Client {
         let session = &mut conversation.session;
         let mut answer = self.prefill(session, Chunks { ids: prompt_ids, start, size: chunk }, &mut None).await?;
         let mut first_token = None;
+        let mut logits = Vec::new();
         let finish_reason = loop {
             recoveries += tell_recoveries(session, on_event);
-            let logits = self.logits(&answer)?;
+            logits = self.logits(&answer, logits)?;
             let id = sampler.sample(&logits)?;
             first_token.get_or_insert_with(|| started.elapsed());
             let position = prompt_ids.len() + writer.output_ids.len();
@@ -373,7 +374,7 @@ impl Client {
             }
             let answer = session.receive().await?;
             if let Some(logits) = logits {
-                logits.extend(self.logits(&answer)?);
+                logits.extend(self.logits(&answer, Vec::new())?);
             }
             last = Some(answer);
         }
@@ -389,18 +390,18 @@ impl Client {
         Ok(session.receive().await?)
     }
 
-    /// The logits of an answer's rows. A large head is long arithmetic: then the runtime is told, so that other tasks go on
+    /// The logits of an answer's rows, in the memory of `logits`. A large head is long arithmetic: then the runtime is told, so that other tasks go on
     /// elsewhere. For a small one that would take longer than the head itself.
-    fn logits(&self, answer: &StepAnswer) -> Result<Vec<f32>, ClientError> {
+    fn logits(&self, answer: &StepAnswer, logits: Vec<f32>) -> Result<Vec<f32>, ClientError> {
         /// Multiplications that take about a millisecond.
         const LONG: usize = 1 << 23;
         let Some(hidden) = &answer.hidden else { return Ok(Vec::new()) };
         let edges = self.model().edges();
         let spec = self.model().spec();
         if hidden.rows * spec.hidden_size * spec.vocab_size < LONG {
-            return Ok(edges.logits(hidden)?);
+            return Ok(edges.logits_into(hidden, logits)?);
         }
-        Ok(tokio::task::block_in_place(|| edges.logits(hidden))?)
+        Ok(tokio::task::block_in_place(|| edges.logits_into(hidden, logits))?)
     }
 }
 

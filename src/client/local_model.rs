@@ -24,6 +24,8 @@ pub struct EdgesChoice {
     pub quant: Quant,
     /// Where they compute.
     pub device: DeviceChoice,
+    /// Threads of the head; `None`: one a core.
+    pub threads: Option<usize>,
 }
 
 /// What a client holds of a model. See the module's docs.
@@ -74,8 +76,8 @@ impl LocalModel {
     /// Where a file is missing or broken; the message names it.
     pub fn load(checkpoint: &Checkpoint, identity: ModelIdentity, choice: EdgesChoice) -> Result<Self, ClientError> {
         let spec = checkpoint.spec().clone();
-        let EdgesChoice { dtype, quant, device } = choice;
-        let options = EdgesOptions { dtype: dtype.unwrap_or(spec.stored_dtype), quant, device };
+        let EdgesChoice { dtype, quant, device, threads } = choice;
+        let options = EdgesOptions { dtype: dtype.unwrap_or(spec.stored_dtype), quant, device, threads };
         let edges = Edges::load(checkpoint, options)?;
         Ok(Self {
             edges,

@@ -4,7 +4,6 @@
 //! softmax over exactly these, and their values added up in the same order. Rows are taken in tiles only so that a page
 //! which was widened once serves several. So the result of a row depends on nothing but its own lane.
 
-use candle_core::{Error as TensorError, Tensor};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -19,7 +18,7 @@ use super::{
     planes::{KvPlanes, Planes},
     product::{Matrices, product_f32},
     rope::Angles,
-    tensor,
+    scratch::Scratch,
 };
 use crate::model::spec::AttentionSpec;
 
@@ -86,18 +85,19 @@ impl Attention {
         })
     }
 
-    /// Attends from every row of `x`, `[rows, hidden]`, after writing the rows' own keys and values to the cache.
-    pub(super) fn forward(&self, x: &Tensor, batch: &Batch<'_>, cache: &mut KvPlanes) -> Result<Tensor, TensorError> {
+    /// Attends from every row of `scratch.normed`, `[rows, hidden]`, after writing the rows' own keys and values to the cache.
+    /// The result is left in `scratch.attended`.
+    pub(super) fn forward(&self, batch: &Batch<'_>, cache: &mut KvPlanes, scratch: &mut Scratch) {
+        let Scratch { normed, qkv, mixed, attended, room, .. } = scratch;
         let runs = batch.runs;
-        let qkv = self.qkv.forward(x)?;
-        let mut qkv = tensor::with_f32(&qkv, <[f32]>::to_vec)?;
-        self.place(&mut qkv, batch.angles);
-        let mixed = match cache {
-            KvPlanes::F32(planes) => self.kernel.run(&qkv, runs, planes),
-            KvPlanes::Bf16(planes) => self.kernel.run(&qkv, runs, planes),
-            KvPlanes::F16(planes) => self.kernel.run(&qkv, runs, planes),
-        };
-        self.output.forward(&tensor::matrix(mixed, self.kernel.q_width())?)
+        self.qkv.forward(normed, qkv, room);
+        self.place(qkv, batch.angles);
+        match cache {
+            KvPlanes::F32(planes) => self.kernel.run(qkv, runs, planes, mixed),
+            KvPlanes::Bf16(planes) => self.kernel.run(qkv, runs, planes, mixed),
+            KvPlanes::F16(planes) => self.kernel.run(qkv, runs, planes, mixed),
+        }
+        self.output.forward(mixed, attended, room);
     }
 
     /// Normalises and rotates the heads of all rows in place.
@@ -141,7 +141,7 @@ impl Kernel {
     }
 
     /// From `[rows, heads + 2 · kv_heads, head_size]` to `[rows, heads, head_size]`.
-    fn run<T: Stored>(&self, qkv: &[f32], runs: &[RowRun<'_>], planes: &mut Planes<T>) -> Vec<f32> {
+    fn run<T: Stored>(&self, qkv: &[f32], runs: &[RowRun<'_>], planes: &mut Planes<T>, mixed: &mut Vec<f32>) {
         let kv_width = self.kv_heads * self.head_size;
         for run in runs {
             for row in 0..run.rows {
@@ -169,7 +169,7 @@ impl Kernel {
             tiles.par_iter().map(attend).collect()
         };
 
-        let mut mixed = vec![0.0; qkv.len() / self.row_width() * self.q_width()];
+        mixed.resize(qkv.len() / self.row_width() * self.q_width(), 0.0);
         let width = self.group() * self.head_size;
         for (tile, result) in tiles.iter().zip(results) {
             for (row, values) in result.chunks_exact(width).enumerate() {
@@ -177,7 +177,6 @@ impl Kernel {
                 mixed[start..start + width].copy_from_slice(values);
             }
         }
-        mixed
     }
 
     /// The first position that a token at `position` sees.

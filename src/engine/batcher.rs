@@ -184,8 +184,7 @@ impl Batcher {
         drop(segments);
         let took = began.elapsed();
         let results: Vec<Result<Outcome, String>> = match outcomes {
-            Ok(Ok(outcomes)) => outcomes.into_iter().map(Ok).collect(),
-            Ok(Err(error)) => shares.iter().map(|_| Err(error.to_string())).collect(),
+            Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
             Err(panic) => {
                 let message = panic_message(&*panic);
                 tracing::error!(message, "a pass panicked; its steps fail and the engine goes on");
@@ -200,7 +199,7 @@ impl Batcher {
             active.computed += took;
             match result {
                 Ok(Ok(rows)) => {
-                    active.take_output(share.rows, &rows);
+                    active.take_output(share.rows, self.span.states(rows));
                     if active.rows_left() == 0 {
                         finished.push((self.ready.remove(share.step), None));
                     }
@@ -257,13 +256,21 @@ impl Active {
                     pages: table.pages(piece.lane),
                 })
                 .collect(),
-            input: self.job.hidden.rows_to_f32(self.done, rows),
+            hidden: &self.job.hidden,
+            first: self.done,
         }
     }
 
     /// Keeps what is wanted of the output of the next `rows` rows.
     fn take_output(&mut self, rows: usize, values: &[f32]) {
-        let HiddenStates { dtype, hidden: width, .. } = self.job.hidden;
+        let HiddenStates { dtype, rows: all, hidden: width, .. } = self.job.hidden;
+        let wanted = match self.job.keep {
+            Keep::All => all,
+            Keep::LastOfEachLane => self.job.lanes.len(),
+            Keep::Nothing => 0,
+        };
+        // The message itself: one allocation, whatever the number of passes.
+        self.output.reserve_exact(wanted * width * dtype.size_in_bytes() - self.output.len());
         match self.job.keep {
             Keep::All => hidden::encode(dtype, values, &mut self.output),
             Keep::Nothing => {}

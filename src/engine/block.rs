@@ -1,6 +1,10 @@
 //! The one block: runs whatever a [`BlockSpec`] says.
+//!
+//! Between its two parts, attention and feed-forward, a block goes over the rows in three sweeps: into the first norm, from the
+//! first part to the second, and from the second part to the block's end. A sweep does all that there is to do to a row while it
+//! is in the nearest cache: norms, the residual sum, the rounding to the wire format, the search for numbers that are not finite.
 
-use candle_core::{Error as TensorError, Tensor};
+use pulp::{Arch, Simd, WithSimd};
 
 use super::{
     attention::{Attention, RowRun},
@@ -10,12 +14,15 @@ use super::{
     norm::Norm,
     planes::KvPlanes,
     rope::Angles,
-    tensor,
+    scratch::Scratch,
 };
 use crate::model::{
     Dtype,
     spec::{BlockSpec, NormSpec, ResidualOrder},
 };
+
+/// Numbers of a sweep below which a second thread costs more than it saves.
+const MIN_PARALLEL: usize = 1 << 15;
 
 /// A loaded block.
 pub(super) struct Block {
@@ -27,6 +34,7 @@ pub(super) struct Block {
     ffn_norm: Option<Norm>,
     ffn: Ffn,
     ffn_output_norm: Option<Norm>,
+    hidden: usize,
 }
 
 /// The rows of a pass at one block.
@@ -52,62 +60,141 @@ impl Block {
             attention_norm: Norm::load(&spec.attention_norm, hidden, source)?,
             attention: Attention::load(&spec.attention, source)?,
             ffn: Ffn::load(&spec.ffn, hidden, source)?,
+            hidden,
         })
     }
 
-    /// Runs the rows `x`, `[rows, hidden]`, through the block.
+    /// Runs the rows `x`, `[rows, hidden]`, through the block, in place. `scratch.broken` then says which of them have numbers
+    /// that are not finite.
     ///
     /// The sums are in f32; what leaves the block is rounded to each row's wire format, whether or not it travels, so
     /// that the place of a cut between two nodes can't change a bit.
-    pub(super) fn forward(&self, x: &Tensor, batch: &Batch<'_>, cache: &mut KvPlanes) -> Result<Tensor, TensorError> {
-        let normed = self.attention_norm.forward(x)?;
-        let mixed = self.attention.forward(&normed, batch, cache)?;
-        let mixed = through(self.attention_output_norm.as_ref(), mixed)?;
-        let sum = match self.residual {
-            ResidualOrder::Sequential => {
-                let x = tensor::add(x, &mixed)?;
-                tensor::add(&x, &self.ffn(&through(self.ffn_norm.as_ref(), x.clone())?)?)?
-            }
-            ResidualOrder::Parallel => {
-                let read = match &self.ffn_norm {
-                    Some(norm) => norm.forward(x)?,
-                    None => normed,
-                };
-                tensor::add(x, &tensor::add(&mixed, &self.ffn(&read)?)?)?
-            }
-            ResidualOrder::AfterNorm => {
-                let x = through(self.ffn_norm.as_ref(), tensor::add(&normed, &mixed)?)?;
-                tensor::add(&x, &self.ffn(&x)?)?
-            }
-        };
-        round(sum, batch.wires)
+    pub(super) fn forward(&self, x: &mut [f32], batch: &Batch<'_>, cache: &mut KvPlanes, scratch: &mut Scratch) {
+        scratch.normed.resize(x.len(), 0.0);
+        scratch.attended.resize(x.len(), 0.0);
+        scratch.fed.resize(x.len(), 0.0);
+        scratch.broken.resize(x.len() / self.hidden, false);
+        self.sweep(Stage::Begin, Rows::new(x, scratch));
+        self.attention.forward(batch, cache, scratch);
+        self.sweep(Stage::Middle, Rows::new(x, scratch));
+        self.ffn.forward(scratch);
+        let mut rest = Rows::new(x, scratch);
+        for (rows, wire) in batch.wires {
+            let (these, others) = rest.split(*rows, self.hidden);
+            self.sweep(Stage::End(*wire), these);
+            rest = others;
+        }
     }
 
-    fn ffn(&self, x: &Tensor) -> Result<Tensor, TensorError> {
-        through(self.ffn_output_norm.as_ref(), self.ffn.forward(x)?)
+    fn sweep(&self, stage: Stage, rows: Rows<'_>) {
+        let count = rows.broken.len();
+        if rows.x.len() < MIN_PARALLEL || count < 2 {
+            Arch::new().dispatch(Sweep { block: self, stage, rows });
+        } else {
+            let (above, below) = rows.split(count / 2, self.hidden);
+            rayon::join(|| self.sweep(stage, above), || self.sweep(stage, below));
+        }
     }
 }
 
-/// `x`, normalised where there is a norm.
-fn through(norm: Option<&Norm>, x: Tensor) -> Result<Tensor, TensorError> {
-    match norm {
-        Some(norm) => norm.forward(&x),
-        None => Ok(x),
+/// Where in a block a sweep is.
+#[derive(Clone, Copy)]
+enum Stage {
+    /// Before attention.
+    Begin,
+    /// Between attention and feed-forward part.
+    Middle,
+    /// Behind the feed-forward part, with the rows' wire format.
+    End(Dtype),
+}
+
+/// Some rows of the buffers that sweeps go over, each `[rows, hidden]`.
+struct Rows<'a> {
+    x: &'a mut [f32],
+    normed: &'a mut [f32],
+    attended: &'a mut [f32],
+    fed: &'a mut [f32],
+    /// `[rows]`.
+    broken: &'a mut [bool],
+}
+
+impl<'a> Rows<'a> {
+    fn new(x: &'a mut [f32], scratch: &'a mut Scratch) -> Self {
+        let Scratch { normed, attended, fed, broken, .. } = scratch;
+        Self { x, normed, attended, fed, broken }
+    }
+
+    /// The first `rows` rows, and the others.
+    fn split(self, rows: usize, hidden: usize) -> (Self, Self) {
+        let (x, other_x) = self.x.split_at_mut(rows * hidden);
+        let (normed, other_normed) = self.normed.split_at_mut(rows * hidden);
+        let (attended, other_attended) = self.attended.split_at_mut(rows * hidden);
+        let (fed, other_fed) = self.fed.split_at_mut(rows * hidden);
+        let (broken, other_broken) = self.broken.split_at_mut(rows);
+        let others =
+            Self { x: other_x, normed: other_normed, attended: other_attended, fed: other_fed, broken: other_broken };
+        (Self { x, normed, attended, fed, broken }, others)
     }
 }
 
-/// Rounds each row to its wire format.
-fn round(x: Tensor, wires: &[(usize, Dtype)]) -> Result<Tensor, TensorError> {
-    if wires.iter().all(|(_, dtype)| *dtype == Dtype::F32) {
-        return Ok(x);
+struct Sweep<'a> {
+    block: &'a Block,
+    stage: Stage,
+    rows: Rows<'a>,
+}
+
+impl WithSimd for Sweep<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { block, stage, rows } = self;
+        let Rows { x, normed, attended, fed, broken } = rows;
+        let hidden = block.hidden;
+        let parts = normed.chunks_exact_mut(hidden).zip(attended.chunks_exact_mut(hidden));
+        let streams = x.chunks_exact_mut(hidden).zip(fed.chunks_exact_mut(hidden));
+        for (((x, fed), (normed, attended)), broken) in streams.zip(parts).zip(broken) {
+            match stage {
+                Stage::Begin => {
+                    normed.copy_from_slice(x);
+                    block.attention_norm.normalise_row(simd, normed);
+                }
+                Stage::Middle => {
+                    if let Some(norm) = &block.attention_output_norm {
+                        norm.normalise_row(simd, attended);
+                    }
+                    match block.residual {
+                        ResidualOrder::Sequential => {
+                            add(x, attended);
+                            normed.copy_from_slice(x);
+                        }
+                        ResidualOrder::Parallel if block.ffn_norm.is_some() => normed.copy_from_slice(x),
+                        ResidualOrder::Parallel => {}
+                        ResidualOrder::AfterNorm => add(normed, attended),
+                    }
+                    if let Some(norm) = &block.ffn_norm {
+                        norm.normalise_row(simd, normed);
+                    }
+                }
+                Stage::End(wire) => {
+                    if let Some(norm) = &block.ffn_output_norm {
+                        norm.normalise_row(simd, fed);
+                    }
+                    match block.residual {
+                        ResidualOrder::Sequential => {}
+                        ResidualOrder::Parallel => add(fed, attended),
+                        ResidualOrder::AfterNorm => x.copy_from_slice(normed),
+                    }
+                    add(x, fed);
+                    hidden::round(wire, x);
+                    *broken = !hidden::is_finite(x);
+                }
+            }
+        }
     }
-    let (_, width) = x.dims2()?;
-    let mut values = tensor::with_f32(&x, <[f32]>::to_vec)?;
-    let mut rest = &mut values[..];
-    for (rows, dtype) in wires {
-        let (these, others) = rest.split_at_mut(rows * width);
-        hidden::round(*dtype, these);
-        rest = others;
-    }
-    tensor::matrix(values, width)
+}
+
+#[inline(always)]
+fn add(sum: &mut [f32], x: &[f32]) {
+    sum.iter_mut().zip(x).for_each(|(sum, x)| *sum += x);
 }

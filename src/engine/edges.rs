@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use super::{
     DeviceChoice,
+    head::{Desk, Head},
     hidden::{self, HiddenStates},
     linear::Linear,
     load::{LoadError, Source},
     matrix::Matrix,
     norm::Norm,
-    tensor,
+    threads,
 };
 use crate::model::{
     Dtype, Quant,
@@ -28,6 +29,8 @@ pub struct EdgesOptions {
     pub quant: Quant,
     /// Where they run.
     pub device: DeviceChoice,
+    /// Threads of the head, from 1 to [`MAX_THREADS`](super::MAX_THREADS); `None`: one a core.
+    pub threads: Option<usize>,
 }
 
 /// Embedding, final norm and head.
@@ -39,11 +42,7 @@ pub struct Edges {
     /// What embeddings and scaled embeddings are kept in.
     dtype: Dtype,
     embedding_norm: Option<Norm>,
-    final_norm: Norm,
-    head: Linear,
-    soft_cap: Option<f32>,
-    hidden: usize,
-    vocab: usize,
+    head: Head,
     loaded_bytes: u64,
 }
 
@@ -72,31 +71,26 @@ pub enum EdgeError {
         /// Their rows.
         rows: usize,
     },
-    /// The tensor library failed.
-    #[error("tensor library: {0}")]
-    Tensor(String),
-}
-
-impl From<candle_core::Error> for EdgeError {
-    fn from(error: candle_core::Error) -> Self {
-        Self::Tensor(error.to_string())
-    }
+    /// The head is at fault.
+    #[error("the output head panicked; the log says where")]
+    Panicked,
 }
 
 impl Edges {
     /// Loads the edges and nothing else of the checkpoint.
     ///
     /// # Errors
-    /// A tensor can't be read, or the device can't be used.
+    /// A tensor can't be read, the device can't be used, or there can't be so many threads.
     pub fn load(checkpoint: &Checkpoint, options: EdgesOptions) -> Result<Self, LoadError> {
         options.device.check()?;
+        let threads = options.threads.map(|count| threads::pool("head", Some(count))).transpose()?;
         let spec = checkpoint.spec();
         let (width, vocab) = (spec.hidden_size, spec.vocab_size);
         let mut source = Source::new(checkpoint, options.dtype, options.quant);
         let table =
             LinearSpec { weight: spec.edges.embedding.clone(), bias: None, outputs: vocab, inputs: width, rows: None };
         let embedding = Arc::new(source.large_matrix(&table)?);
-        let head = match checkpoint.head()? {
+        let linear = match checkpoint.head()? {
             HeadSpec::Tied => Linear::new(vec![embedding.clone()], None),
             HeadSpec::Separate(head) => {
                 Linear::new(vec![Arc::new(source.large_matrix(&head)?)], source.biases(&[&head])?)
@@ -109,24 +103,21 @@ impl Edges {
         });
         let embedding_norm = spec.edges.embedding_norm.as_ref();
         let embedding_norm = embedding_norm.map(|norm| Norm::load(norm, width, &mut source)).transpose()?;
-        let final_norm = Norm::load(&spec.edges.final_norm, width, &mut source)?;
+        let norm = Norm::load(&spec.edges.final_norm, width, &mut source)?;
+        let soft_cap = spec.edges.logit_soft_cap.map(|cap| cap as f32);
         Ok(Self {
             embedding,
             scale,
             dtype: options.dtype,
             embedding_norm,
-            final_norm,
-            head,
-            soft_cap: spec.edges.logit_soft_cap.map(|cap| cap as f32),
-            hidden: width,
-            vocab,
+            head: Head { norm, linear, soft_cap, hidden: width, vocab, threads, desk: Desk::default() },
             loaded_bytes: source.finish().bytes,
         })
     }
 
     /// Size of the vocabulary.
     pub fn vocab(&self) -> usize {
-        self.vocab
+        self.head.vocab
     }
 
     /// Bytes that the edges take in memory.
@@ -139,10 +130,10 @@ impl Edges {
     /// # Errors
     /// An id is outside the vocabulary.
     pub fn embed(&self, ids: &[u32], wire: Dtype) -> Result<HiddenStates, EdgeError> {
-        if let Some(id) = ids.iter().copied().find(|id| *id as usize >= self.vocab) {
-            return Err(EdgeError::UnknownToken { id, vocab: self.vocab });
+        if let Some(id) = ids.iter().copied().find(|id| *id as usize >= self.vocab()) {
+            return Err(EdgeError::UnknownToken { id, vocab: self.vocab() });
         }
-        let width = self.hidden;
+        let width = self.head.hidden;
         let mut scratch = vec![0.0; width];
         let mut values = Vec::with_capacity(ids.len() * width);
         for id in ids.iter().map(|id| *id as usize) {
@@ -153,30 +144,36 @@ impl Edges {
             hidden::round(self.dtype, &mut values);
         }
         if let Some(norm) = &self.embedding_norm {
-            values.chunks_exact_mut(width).for_each(|row| norm.normalise(row));
+            norm.normalise(&mut values);
         }
         Ok(HiddenStates::from_f32(wire, width, &values))
     }
 
-    /// Logits behind the last block, `[rows, vocab]`, row-major.
+    /// Logits behind the last block, `[rows, vocab]`, row-major. Calls of several threads that meet here are computed together,
+    /// which changes no bit.
     ///
     /// # Errors
     /// The hidden states have another width than the model's, or not the length that their shape says.
     pub fn logits(&self, hidden: &HiddenStates) -> Result<Vec<f32>, EdgeError> {
-        if hidden.hidden != self.hidden {
-            return Err(EdgeError::WrongWidth { found: hidden.hidden, expected: self.hidden });
+        self.logits_into(hidden, Vec::new())
+    }
+
+    /// [`Edges::logits`], in the memory of `logits`, whose numbers are dropped: a vocabulary's logits are large, and a generation
+    /// needs them for every token.
+    ///
+    /// # Errors
+    /// Likewise; `logits` is gone then.
+    pub fn logits_into(&self, hidden: &HiddenStates, mut logits: Vec<f32>) -> Result<Vec<f32>, EdgeError> {
+        if hidden.hidden != self.head.hidden {
+            return Err(EdgeError::WrongWidth { found: hidden.hidden, expected: self.head.hidden });
         }
         if !hidden.has_right_length() {
             return Err(EdgeError::WrongLength { rows: hidden.rows });
         }
         if hidden.rows == 0 {
-            return Ok(Vec::new());
+            logits.clear();
+            return Ok(logits);
         }
-        let normed = self.final_norm.forward(&tensor::matrix(hidden.to_f32(), self.hidden)?)?;
-        let mut logits = tensor::with_f32(&self.head.forward(&normed)?, <[f32]>::to_vec)?;
-        if let Some(cap) = self.soft_cap {
-            logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
-        }
-        Ok(logits)
+        self.head.logits(hidden.clone(), logits)
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! The system's libm differs from machine to machine in the last bit, and has nothing for vectors. These are polynomials in f32
 //! with fused multiply-adds, written once for every width of vectors: each number goes through the same operations, each of
-//! which IEEE 754 fixes to the last bit. So a result is the same in every lane, on every instruction set, and alone
-//! ([`exp_f32`] and its like).
+//! which IEEE 754 fixes to the last bit. So a result is the same in every lane and on every instruction set; `pulp::Scalar` gives
+//! it for one number.
 //!
 //! | function | method | largest error (measured against f64) |
 //! |---|---|---|
@@ -13,7 +13,7 @@
 //!
 //! The coefficients are minimax fits of the relative error (Lawson's reweighted least squares), rounded to f32.
 
-use pulp::{Scalar, Simd};
+use pulp::Simd;
 
 /// `e^x` beyond this is infinite: the largest f32 below `128 ln 2`.
 const HIGHEST: f32 = 88.722_83;
@@ -93,21 +93,6 @@ pub(super) fn erf<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     with_sign_of(simd, simd.select_f32s(is_small, small, large), x)
 }
 
-/// [`exp`] of one number, with the same bits.
-pub(super) fn exp_f32(x: f32) -> f32 {
-    exp(Scalar::new(), x)
-}
-
-/// [`tanh`] of one number, with the same bits.
-pub(super) fn tanh_f32(x: f32) -> f32 {
-    tanh(Scalar::new(), x)
-}
-
-/// [`erf`] of one number, with the same bits.
-pub(super) fn erf_f32(x: f32) -> f32 {
-    erf(Scalar::new(), x)
-}
-
 /// By Horner's rule, from the highest power down.
 #[inline(always)]
 fn polynomial<S: Simd, const N: usize>(simd: S, coefficients: &[f32; N], x: S::f32s) -> S::f32s {
@@ -127,9 +112,21 @@ fn with_sign_of<S: Simd>(simd: S, size: S::f32s, x: S::f32s) -> S::f32s {
 #[cfg(test)]
 mod tests {
     use candle_core::cpu::erf::erf_f64;
-    use pulp::{Arch, Scalar128b, Scalar256b, Scalar512b, WithSimd};
+    use pulp::{Arch, Scalar, Scalar128b, Scalar256b, Scalar512b, WithSimd};
 
     use super::*;
+
+    fn exp_f32(x: f32) -> f32 {
+        exp(Scalar, x)
+    }
+
+    fn tanh_f32(x: f32) -> f32 {
+        tanh(Scalar, x)
+    }
+
+    fn erf_f32(x: f32) -> f32 {
+        erf(Scalar, x)
+    }
 
     type Function = (fn(f32) -> f32, fn(f64) -> f64, f64);
 

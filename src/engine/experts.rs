@@ -5,13 +5,14 @@
 
 use std::sync::Arc;
 
-use candle_core::{Error as TensorError, Tensor};
+use pulp::{Arch, Simd, WithSimd};
 
 use super::{
+    exp::exp,
     ffn::Gate,
     linear::Linear,
     load::{LoadError, Source},
-    tensor,
+    scratch::Scratch,
 };
 use crate::model::spec::{ExpertTensors, ExpertsSpec, LinearSpec, MXFP4_GROUP, Routing, StackedFormat, expert_name};
 
@@ -22,11 +23,34 @@ pub(super) struct Experts {
     active: usize,
     gate: Gate,
     experts: Vec<Expert>,
+    hidden: usize,
 }
 
 struct Expert {
     gate_up: Linear,
     down: Linear,
+}
+
+/// Which expert sees which row, and the buffers for it.
+#[derive(Default)]
+pub(super) struct Grouping {
+    /// What the router says, `[rows, experts]`.
+    scores: Vec<f32>,
+    /// The experts by falling score, for one row.
+    order: Vec<usize>,
+    chosen: Vec<Choice>,
+    /// The rows of one expert, `[members, hidden]`.
+    rows: Vec<f32>,
+    /// What it makes of them, `[members, hidden]`.
+    results: Vec<f32>,
+}
+
+/// A row that an expert sees, and the weight of its result.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Choice {
+    expert: usize,
+    row: usize,
+    weight: f32,
 }
 
 impl Experts {
@@ -52,52 +76,100 @@ impl Experts {
             active: spec.active,
             gate: Gate { gating: spec.gating, width: spec.intermediate, alternate },
             experts,
+            hidden,
         })
     }
 
-    /// From `[rows, hidden]` to `[rows, hidden]`.
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor, TensorError> {
-        let (_, hidden) = x.dims2()?;
-        let scores = self.router.forward(x)?;
-        // Of each expert, the rows that it sees and its weight in each.
-        let mut members: Vec<Vec<(usize, f32)>> = vec![Vec::new(); self.experts.len()];
-        tensor::with_f32(&scores, |scores| {
-            for (row, scores) in scores.chunks_exact(self.experts.len()).enumerate() {
-                for (expert, weight) in choose(scores, self.active, self.routing) {
-                    members[expert].push((row, weight));
-                }
-            }
-        })?;
-        let sum = tensor::with_f32(x, |x| {
-            let mut sum = vec![0.0; x.len()];
-            for (expert, members) in self.experts.iter().zip(&members).filter(|(_, members)| !members.is_empty()) {
-                let rows = members.iter().flat_map(|(row, _)| &x[row * hidden..][..hidden]).copied().collect();
-                let inner = self.gate.forward(&expert.gate_up.forward(&tensor::matrix(rows, hidden)?)?)?;
-                tensor::with_f32(&expert.down.forward(&inner)?, |y| {
-                    for ((row, weight), y) in members.iter().zip(y.chunks_exact(hidden)) {
-                        for (sum, y) in sum[row * hidden..][..hidden].iter_mut().zip(y) {
-                            *sum += weight * y;
-                        }
-                    }
-                })?;
-            }
-            Ok::<_, TensorError>(sum)
-        })??;
-        tensor::matrix(sum, hidden)
+    /// From `scratch.normed` to `scratch.fed`, both `[rows, hidden]`.
+    pub(super) fn forward(&self, scratch: &mut Scratch) {
+        let Scratch { normed, gate_up: both, inner, fed, grouping, room, .. } = scratch;
+        self.router.forward(normed, &mut grouping.scores, room);
+        grouping.choose(self.experts.len(), self.active, self.routing);
+        let Grouping { chosen, rows, results, .. } = grouping;
+        fed.clear();
+        fed.resize(normed.len(), 0.0);
+        for members in chosen.chunk_by(|one, next| one.expert == next.expert) {
+            let expert = &self.experts[members[0].expert];
+            rows.clear();
+            members
+                .iter()
+                .for_each(|member| rows.extend_from_slice(&normed[member.row * self.hidden..][..self.hidden]));
+            expert.gate_up.forward(rows, both, room);
+            self.gate.forward(both, inner);
+            expert.down.forward(inner, results, room);
+            Arch::new().dispatch(Weighted { members, results, hidden: self.hidden, sum: fed });
+        }
     }
 }
 
-/// The `active` experts with the highest scores, the lower number where two are equal, and their weights.
-fn choose(scores: &[f32], active: usize, routing: Routing) -> Vec<(usize, f32)> {
-    let mut order: Vec<usize> = (0..scores.len()).collect();
-    order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
-    let highest = order.first().map_or(0.0, |first| scores[*first]);
-    let counted = match routing {
-        Routing::Probabilities => &order[..],
-        Routing::Normalised => &order[..active],
-    };
-    let sum: f32 = counted.iter().map(|expert| (scores[*expert] - highest).exp()).sum();
-    order.iter().take(active).map(|expert| (*expert, (scores[*expert] - highest).exp() / sum)).collect()
+impl Grouping {
+    /// Of each row's `scores`, chooses the `active` experts with the highest, the lower number where two are equal. Leaves
+    /// them sorted by expert, then by row.
+    fn choose(&mut self, experts: usize, active: usize, routing: Routing) {
+        let Self { scores, order, chosen, .. } = self;
+        chosen.clear();
+        for (row, scores) in scores.chunks_exact_mut(experts).enumerate() {
+            order.clear();
+            order.extend(0..experts);
+            order.sort_unstable_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
+            let highest = order.first().map_or(0.0, |first| scores[*first]);
+            Arch::new().dispatch(Powers { scores, highest });
+            let counted = match routing {
+                Routing::Probabilities => &order[..],
+                Routing::Normalised => &order[..active],
+            };
+            let sum: f32 = counted.iter().map(|expert| scores[*expert]).sum();
+            let weighted =
+                order.iter().take(active).map(|expert| Choice { expert: *expert, row, weight: scores[*expert] / sum });
+            chosen.extend(weighted);
+        }
+        chosen.sort_unstable_by_key(|choice| (choice.expert, choice.row));
+    }
+}
+
+/// `scores = e^(scores - highest)`.
+struct Powers<'a> {
+    scores: &'a mut [f32],
+    highest: f32,
+}
+
+impl WithSimd for Powers<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let highest = simd.splat_f32s(self.highest);
+        let (vectors, last) = S::as_mut_simd_f32s(self.scores);
+        for x in vectors {
+            *x = exp(simd, simd.sub_f32s(*x, highest));
+        }
+        if !last.is_empty() {
+            let x = simd.partial_load_f32s(last);
+            simd.partial_store_f32s(last, exp(simd, simd.sub_f32s(x, highest)));
+        }
+    }
+}
+
+/// Adds an expert's results to the rows that it saw.
+struct Weighted<'a> {
+    members: &'a [Choice],
+    /// `[members, hidden]`.
+    results: &'a [f32],
+    hidden: usize,
+    /// `[rows, hidden]`.
+    sum: &'a mut [f32],
+}
+
+impl WithSimd for Weighted<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for (Choice { row, weight, .. }, result) in self.members.iter().zip(self.results.chunks_exact(self.hidden)) {
+            let sum = &mut self.sum[row * self.hidden..][..self.hidden];
+            sum.iter_mut().zip(result).for_each(|(sum, y)| *sum += weight * y);
+        }
+    }
 }
 
 /// Experts with three matrices each, and perhaps as many biases.
@@ -157,16 +229,27 @@ mod tests {
         let scores = [0.1f32, 2.0, -1.0, 1.0];
         let probabilities: Vec<f32> = scores.iter().map(|s| s.exp()).collect();
         let sum: f32 = probabilities.iter().sum();
-        let close = |found: &[(usize, f32)], expected: &[(usize, f32)]| {
-            assert_eq!(found.len(), expected.len());
-            for (found, expected) in found.iter().zip(expected) {
-                assert_eq!(found.0, expected.0);
-                assert!((found.1 - expected.1).abs() < 1e-6);
+        let close = |scores: &[f32], active: usize, routing: Routing, expected: &[(usize, f32)]| {
+            let mut grouping = Grouping { scores: scores.to_vec(), ..Grouping::default() };
+            grouping.choose(scores.len(), active, routing);
+            assert_eq!(grouping.chosen.len(), expected.len());
+            for (found, expected) in grouping.chosen.iter().zip(expected) {
+                assert_eq!((found.expert, found.row), (expected.0, 0));
+                assert!((found.weight - expected.1).abs() < 1e-6);
             }
         };
-        close(&choose(&scores, 2, Routing::Probabilities), &[(1, probabilities[1] / sum), (3, probabilities[3] / sum)]);
+        let each = [(1, probabilities[1] / sum), (3, probabilities[3] / sum)];
+        close(&scores, 2, Routing::Probabilities, &each);
         let both = probabilities[1] + probabilities[3];
-        close(&choose(&scores, 2, Routing::Normalised), &[(1, probabilities[1] / both), (3, probabilities[3] / both)]);
-        assert_eq!(choose(&[1.0, 3.0, 3.0], 1, Routing::Normalised), [(1, 1.0)]);
+        close(&scores, 2, Routing::Normalised, &[(1, probabilities[1] / both), (3, probabilities[3] / both)]);
+        close(&[1.0, 3.0, 3.0], 1, Routing::Normalised, &[(1, 1.0)]);
+    }
+
+    #[test]
+    fn rows_are_sorted_by_expert() {
+        let mut grouping = Grouping { scores: vec![0.0, 1.0, 2.0, 9.0, 8.0, 7.0], ..Grouping::default() };
+        grouping.choose(3, 2, Routing::Normalised);
+        let places: Vec<_> = grouping.chosen.iter().map(|choice| (choice.expert, choice.row)).collect();
+        assert_eq!(places, [(0, 1), (1, 0), (1, 1), (2, 0)]);
     }
 }

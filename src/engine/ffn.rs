@@ -1,18 +1,21 @@
 //! The feed-forward part of a block.
 
-use candle_core::{Error as TensorError, Tensor, cpu::erf::erf_f64};
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::{
+    exp::{erf, exp, tanh},
     experts::Experts,
     linear::Linear,
     load::{LoadError, Source},
-    tensor,
+    scratch::Scratch,
 };
 use crate::model::spec::{Activation, FfnSpec, Gating};
 
 /// Numbers below which a second thread costs more than it saves.
 const MIN_PARALLEL: usize = 1 << 14;
+/// Pairs of gate and up projection that are taken apart at a time, where they alternate.
+const PAIRS: usize = 64;
 
 /// A loaded feed-forward part.
 pub(super) enum Ffn {
@@ -38,23 +41,21 @@ impl Ffn {
         }
     }
 
-    /// From `[rows, hidden]` to `[rows, hidden]`.
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor, TensorError> {
+    /// From `scratch.normed` to `scratch.fed`, both `[rows, hidden]`.
+    pub(super) fn forward(&self, scratch: &mut Scratch) {
+        let Scratch { normed, gate_up: both, inner, fed, room, .. } = scratch;
         match self {
-            Self::Gated { gate_up, gate, down } => down.forward(&gate.forward(&gate_up.forward(x)?)?),
-            Self::Plain { up, activation, down } => {
-                let inner = up.forward(x)?;
-                let (_, width) = inner.dims2()?;
-                let mut inner = tensor::with_f32(&inner, <[f32]>::to_vec)?;
-                let each = |x: &mut f32| *x = activate(*activation, *x);
-                if inner.len() < MIN_PARALLEL {
-                    inner.iter_mut().for_each(each);
-                } else {
-                    inner.par_iter_mut().for_each(each);
-                }
-                down.forward(&tensor::matrix(inner, width)?)
+            Self::Gated { gate_up, gate, down } => {
+                gate_up.forward(normed, both, room);
+                gate.forward(both, inner);
+                down.forward(inner, fed, room);
             }
-            Self::Experts(experts) => experts.forward(x),
+            Self::Plain { up, activation, down } => {
+                up.forward(normed, inner, room);
+                activate_all(*activation, inner);
+                down.forward(inner, fed, room);
+            }
+            Self::Experts(experts) => experts.forward(scratch),
         }
     }
 }
@@ -71,72 +72,161 @@ pub(super) struct Gate {
 
 impl Gate {
     /// From `[rows, gate and up]` to `[rows, width]`.
-    pub(super) fn forward(&self, both: &Tensor) -> Result<Tensor, TensorError> {
-        tensor::matrix(tensor::with_f32(both, |both| self.rows(both))?, self.width)
+    pub(super) fn forward(&self, both: &[f32], product: &mut Vec<f32>) {
+        product.resize(both.len() / 2, 0.0);
+        let at_once = (MIN_PARALLEL / 2 / self.width.max(1)).max(1) * self.width;
+        if product.len() < MIN_PARALLEL {
+            Arch::new().dispatch(GatedRows { gate: *self, both, product });
+        } else {
+            product.par_chunks_mut(at_once).zip(both.par_chunks(2 * at_once)).for_each(|(product, both)| {
+                Arch::new().dispatch(GatedRows { gate: *self, both, product });
+            });
+        }
     }
+}
 
-    fn rows(&self, both: &[f32]) -> Vec<f32> {
-        let mut product = vec![0.0; both.len() / 2];
-        let row = |(product, both): (&mut [f32], &[f32])| {
-            if self.alternate {
-                for (product, pair) in product.iter_mut().zip(both.chunks_exact(2)) {
-                    *product = gated(self.gating, pair[0], pair[1]);
+struct GatedRows<'a> {
+    gate: Gate,
+    both: &'a [f32],
+    product: &'a mut [f32],
+}
+
+impl WithSimd for GatedRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Gate { gating, width, alternate } = self.gate;
+        for (product, both) in self.product.chunks_exact_mut(width).zip(self.both.chunks_exact(2 * width)) {
+            if alternate {
+                for (product, pairs) in product.chunks_mut(PAIRS).zip(both.chunks(2 * PAIRS)) {
+                    let (mut gates, mut ups) = ([0.0; PAIRS], [0.0; PAIRS]);
+                    for ((gate, up), pair) in gates.iter_mut().zip(&mut ups).zip(pairs.as_chunks::<2>().0) {
+                        [*gate, *up] = *pair;
+                    }
+                    let count = product.len();
+                    gated_row(simd, gating, [&gates[..count], &ups[..count]], product);
                 }
             } else {
-                let (gate, up) = both.split_at(self.width);
-                for ((product, gate), up) in product.iter_mut().zip(gate).zip(up) {
-                    *product = gated(self.gating, *gate, *up);
-                }
+                let (gate, up) = both.split_at(width);
+                gated_row(simd, gating, [gate, up], product);
             }
-        };
-        let width = self.width;
-        if product.len() < MIN_PARALLEL {
-            product.chunks_exact_mut(width).zip(both.chunks_exact(2 * width)).for_each(row);
-        } else {
-            product.par_chunks_exact_mut(width).zip(both.par_chunks_exact(2 * width)).for_each(row);
         }
-        product
     }
 }
 
-fn gated(gating: Gating, gate: f32, up: f32) -> f32 {
+#[inline(always)]
+fn gated_row<S: Simd>(simd: S, gating: Gating, [gate, up]: [&[f32]; 2], product: &mut [f32]) {
+    let (gates, last_gates) = S::as_simd_f32s(gate);
+    let (ups, last_ups) = S::as_simd_f32s(up);
+    let (products, last) = S::as_mut_simd_f32s(product);
+    for ((product, gate), up) in products.iter_mut().zip(gates).zip(ups) {
+        *product = gated(simd, gating, *gate, *up);
+    }
+    if !last.is_empty() {
+        let (gate, up) = (simd.partial_load_f32s(last_gates), simd.partial_load_f32s(last_ups));
+        simd.partial_store_f32s(last, gated(simd, gating, gate, up));
+    }
+}
+
+#[inline(always)]
+fn gated<S: Simd>(simd: S, gating: Gating, gate: S::f32s, up: S::f32s) -> S::f32s {
     match gating {
-        Gating::Plain(activation) => activate(activation, gate) * up,
+        Gating::Plain(activation) => simd.mul_f32s(activate(simd, activation, gate), up),
         Gating::Clamped { alpha, limit } => {
-            // `min` and `clamp` of the standard library differ in what they make of a NaN; it has to stay one.
-            let limit = limit as f32;
-            let gate = if gate > limit { limit } else { gate };
-            let up = up.clamp(-limit, limit);
-            (up + 1.0) * (gate / (1.0 + (-gate * alpha as f32).exp()))
+            // By comparisons: what `min` and `max` make of a NaN differs from machine to machine, and it has to stay one.
+            let (high, low) = (simd.splat_f32s(limit as f32), simd.splat_f32s(-limit as f32));
+            let gate = simd.select_f32s(simd.greater_than_f32s(gate, high), high, gate);
+            let up = simd.select_f32s(simd.greater_than_f32s(up, high), high, up);
+            let up = simd.select_f32s(simd.less_than_f32s(up, low), low, up);
+            simd.mul_f32s(simd.add_f32s(up, simd.splat_f32s(1.0)), swish(simd, gate, alpha as f32))
         }
     }
 }
 
-fn activate(activation: Activation, x: f32) -> f32 {
-    match activation {
-        Activation::Silu => x / (1.0 + (-x).exp()),
-        Activation::Gelu => {
-            let x = f64::from(x);
-            (0.5 * x * (1.0 + erf_f64(x * std::f64::consts::FRAC_1_SQRT_2))) as f32
+/// Applies an activation to every number of `values`.
+fn activate_all(activation: Activation, values: &mut [f32]) {
+    if values.len() < MIN_PARALLEL {
+        Arch::new().dispatch(Activated { activation, values });
+    } else {
+        let chunks = values.par_chunks_mut(MIN_PARALLEL / 2);
+        chunks.for_each(|values| Arch::new().dispatch(Activated { activation, values }));
+    }
+}
+
+struct Activated<'a> {
+    activation: Activation,
+    values: &'a mut [f32],
+}
+
+impl WithSimd for Activated<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (vectors, last) = S::as_mut_simd_f32s(self.values);
+        for x in vectors {
+            *x = activate(simd, self.activation, *x);
         }
+        if !last.is_empty() {
+            let x = activate(simd, self.activation, simd.partial_load_f32s(last));
+            simd.partial_store_f32s(last, x);
+        }
+    }
+}
+
+#[inline(always)]
+fn activate<S: Simd>(simd: S, activation: Activation, x: S::f32s) -> S::f32s {
+    // x/2 · (1 + y).
+    let half = |y: S::f32s| {
+        let share = simd.add_f32s(simd.splat_f32s(1.0), y);
+        simd.mul_f32s(simd.mul_f32s(simd.splat_f32s(0.5), x), share)
+    };
+    // Not `max`, which would make a number of a NaN on some machines.
+    let positive = simd.select_f32s(simd.less_than_f32s(x, simd.splat_f32s(0.0)), simd.splat_f32s(0.0), x);
+    match activation {
+        Activation::Silu => swish(simd, x, 1.0),
+        Activation::Gelu => half(erf(simd, simd.mul_f32s(x, simd.splat_f32s(std::f32::consts::FRAC_1_SQRT_2)))),
         Activation::GeluTanh => {
             const ROOT_OF_2_OVER_PI: f32 = 0.797_884_6;
-            0.5 * x * (1.0 + (ROOT_OF_2_OVER_PI * (x + 0.044_715 * x * x * x)).tanh())
+            let cube = simd.mul_f32s(simd.mul_f32s(x, x), x);
+            let inner = simd.mul_add_f32s(simd.splat_f32s(0.044_715), cube, x);
+            half(tanh(simd, simd.mul_f32s(simd.splat_f32s(ROOT_OF_2_OVER_PI), inner)))
         }
-        Activation::GeluQuick => x / (1.0 + (-1.702 * x).exp()),
-        Activation::Relu => positive(x),
-        Activation::ReluSquared => positive(x) * positive(x),
+        Activation::GeluQuick => swish(simd, x, 1.702),
+        Activation::Relu => positive,
+        Activation::ReluSquared => simd.mul_f32s(positive, positive),
     }
 }
 
-/// Not `max`, which would make a number of a NaN.
-fn positive(x: f32) -> f32 {
-    if x < 0.0 { 0.0 } else { x }
+/// `x · sigmoid(gain · x)`.
+#[inline(always)]
+fn swish<S: Simd>(simd: S, x: S::f32s, gain: f32) -> S::f32s {
+    let power = exp(simd, simd.mul_f32s(x, simd.splat_f32s(-gain)));
+    simd.div_f32s(x, simd.add_f32s(simd.splat_f32s(1.0), power))
 }
 
 #[cfg(test)]
 mod tests {
+    use pulp::{Scalar, Scalar128b, Scalar256b, Scalar512b};
+
     use super::*;
+
+    fn of(activation: Activation, x: f32) -> f32 {
+        let mut values = [x];
+        activate_all(activation, &mut values);
+        values[0]
+    }
+
+    fn pair(gating: Gating, gate: f32, up: f32) -> f32 {
+        rows(Gate { gating, width: 1, alternate: false }, &[gate, up])[0]
+    }
+
+    fn rows(gate: Gate, both: &[f32]) -> Vec<f32> {
+        let mut product = vec![9.0; 3];
+        gate.forward(both, &mut product);
+        product
+    }
 
     #[test]
     fn activations_have_the_values_that_torch_computes() {
@@ -152,12 +242,12 @@ mod tests {
             (Activation::ReluSquared, -0.7, 0.0),
             (Activation::ReluSquared, 0.7, 0.49),
         ] {
-            let found = activate(activation, at);
+            let found = of(activation, at);
             assert!((found - expected).abs() < 1e-5, "{activation:?} of {at}: {found}");
         }
         use Activation::{Gelu, GeluQuick, GeluTanh, Relu, ReluSquared, Silu};
         for activation in [Silu, Gelu, GeluTanh, GeluQuick, Relu, ReluSquared] {
-            assert!(activate(activation, f32::NAN).is_nan());
+            assert!(of(activation, f32::NAN).is_nan());
         }
     }
 
@@ -165,17 +255,46 @@ mod tests {
     fn a_clamped_gate_follows_its_formula() {
         let gating = Gating::Clamped { alpha: 1.702, limit: 7.0 };
         let formula = |gate: f32, up: f32| (up + 1.0) * gate / (1.0 + (-1.702 * gate).exp());
-        assert!((gated(gating, 0.5, -0.3) - formula(0.5, -0.3)).abs() < 1e-6);
-        assert!((gated(gating, 50.0, 50.0) - formula(7.0, 7.0)).abs() < 1e-5);
-        assert!((gated(gating, -50.0, -50.0) - formula(-50.0, -7.0)).abs() < 1e-5);
-        assert!(gated(gating, f32::NAN, 1.0).is_nan() && gated(gating, 1.0, f32::NAN).is_nan());
+        assert!((pair(gating, 0.5, -0.3) - formula(0.5, -0.3)).abs() < 1e-6);
+        assert!((pair(gating, 50.0, 50.0) - formula(7.0, 7.0)).abs() < 1e-5);
+        assert!((pair(gating, -50.0, -50.0) - formula(-50.0, -7.0)).abs() < 1e-5);
+        assert!(pair(gating, f32::NAN, 1.0).is_nan() && pair(gating, 1.0, f32::NAN).is_nan());
     }
 
     #[test]
     fn gate_and_up_lie_side_by_side_or_alternate() {
         let gate = Gate { gating: Gating::Plain(Activation::Relu), width: 2, alternate: false };
-        assert_eq!(gate.rows(&[1.0, 2.0, 3.0, 4.0, -1.0, 1.0, 5.0, 6.0]), [3.0, 8.0, 0.0, 6.0]);
+        assert_eq!(rows(gate, &[1.0, 2.0, 3.0, 4.0, -1.0, 1.0, 5.0, 6.0]), [3.0, 8.0, 0.0, 6.0]);
         let gate = Gate { alternate: true, ..gate };
-        assert_eq!(gate.rows(&[1.0, 2.0, 3.0, 4.0, -1.0, 1.0, 5.0, 6.0]), [2.0, 12.0, 0.0, 30.0]);
+        assert_eq!(rows(gate, &[1.0, 2.0, 3.0, 4.0, -1.0, 1.0, 5.0, 6.0]), [2.0, 12.0, 0.0, 30.0]);
+    }
+
+    #[test]
+    fn bits_are_the_same_on_every_path_and_in_every_lane() {
+        use Activation::{Gelu, GeluQuick, GeluTanh, Relu, ReluSquared, Silu};
+        let both: Vec<f32> = (0..2 * 3 * 83).map(|i| ((i * 7919 % 10_007) as f32 / 10_007.0 - 0.5) * 40.0).collect();
+        let plain = [Silu, Gelu, GeluTanh, GeluQuick, Relu, ReluSquared].map(Gating::Plain);
+        for gating in plain.into_iter().chain([Gating::Clamped { alpha: 1.702, limit: 7.0 }]) {
+            for alternate in [false, true] {
+                let gate = Gate { gating, width: 83, alternate };
+                let place = |row: usize, i: usize| match alternate {
+                    true => (row * 166 + 2 * i, row * 166 + 2 * i + 1),
+                    false => (row * 166 + i, row * 166 + 83 + i),
+                };
+                let each = (0..3).flat_map(|row| (0..83).map(move |i| place(row, i)));
+                let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                let expected: Vec<f32> = each.map(|(gate, up)| pair(gating, both[gate], both[up])).collect();
+                assert_eq!(bits(&rows(gate, &both)), bits(&expected));
+                let on = |run: &dyn Fn(GatedRows<'_>)| {
+                    let mut product = vec![0.0; 3 * 83];
+                    run(GatedRows { gate, both: &both, product: &mut product });
+                    assert_eq!(bits(&product), bits(&expected), "{gating:?}");
+                };
+                on(&|rows| rows.with_simd(Scalar));
+                on(&|rows| rows.with_simd(Scalar128b));
+                on(&|rows| rows.with_simd(Scalar256b));
+                on(&|rows| rows.with_simd(Scalar512b));
+            }
+        }
     }
 }

@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use half::{bf16, f16};
 
+use super::floats;
 use crate::model::Dtype;
 
 /// Rows of hidden states `[rows, hidden]`, row-major and little-endian, as they travel.
@@ -60,14 +61,15 @@ impl HiddenStates {
 
     /// The numbers, `[rows, hidden]`; each of the three formats fits into `f32`.
     pub fn to_f32(&self) -> Vec<f32> {
-        decode(self.dtype, &self.bytes)
+        let mut values = vec![0.0; self.bytes.len() / self.dtype.size_in_bytes()];
+        decode(self.dtype, &self.bytes, &mut values);
+        values
     }
 
-    /// The numbers of `count` rows from `first` on, or fewer at the end.
-    pub(super) fn rows_to_f32(&self, first: usize, count: usize) -> Vec<f32> {
-        let row = self.hidden * self.dtype.size_in_bytes();
-        let end = ((first + count) * row).min(self.bytes.len());
-        decode(self.dtype, &self.bytes[(first * row).min(end)..end])
+    /// Decodes the numbers from row `first` on into `to`, as many as there are and as fit.
+    pub(super) fn decode_rows(&self, first: usize, to: &mut [f32]) {
+        let start = (first * self.hidden * self.dtype.size_in_bytes()).min(self.bytes.len());
+        decode(self.dtype, &self.bytes[start..], to);
     }
 
     /// The first row with a NaN or an infinity.
@@ -95,11 +97,15 @@ impl HiddenStates {
     }
 }
 
-fn decode(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
+/// Decodes as many numbers as there are and as fit.
+fn decode(dtype: Dtype, bytes: &[u8], values: &mut [f32]) {
     match dtype {
-        Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-        Dtype::Bf16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-        Dtype::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+        Dtype::F32 => {
+            let numbers = values.iter_mut().zip(bytes.as_chunks().0);
+            numbers.for_each(|(value, bytes)| *value = f32::from_le_bytes(*bytes));
+        }
+        Dtype::Bf16 => floats::widen_bf16(bytes, values),
+        Dtype::F16 => floats::widen_f16(bytes, values),
     }
 }
 
@@ -113,13 +119,54 @@ pub(super) fn encode(dtype: Dtype, values: &[f32], bytes: &mut Vec<u8>) {
     }
 }
 
-/// Rounds `values` in place to what `dtype` can hold.
+/// Rounds `values` in place to what `dtype` can hold: to nearest, ties to even. Without branches, so that the loop becomes vector
+/// instructions where it is inlined.
+#[inline(always)]
 pub(super) fn round(dtype: Dtype, values: &mut [f32]) {
     match dtype {
         Dtype::F32 => {}
-        Dtype::Bf16 => values.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32()),
-        Dtype::F16 => values.iter_mut().for_each(|value| *value = f16::from_f32(*value).to_f32()),
+        Dtype::Bf16 => values.iter_mut().for_each(|value| *value = round_to_brain(*value)),
+        Dtype::F16 => values.iter_mut().for_each(|value| *value = round_to_half(*value)),
     }
+}
+
+#[inline(always)]
+fn round_to_brain(value: f32) -> f32 {
+    let rounded = round_bits(value.to_bits(), 16);
+    // The sum may run over where a NaN's fraction is all ones.
+    if value.is_nan() { f32::NAN } else { f32::from_bits(rounded) }
+}
+
+#[inline(always)]
+fn round_to_half(value: f32) -> f32 {
+    /// Half of this and above lie the numbers with a last place of 2⁻²⁴, that of a half's subnormals.
+    const SUBNORMAL: f32 = 0.5;
+    /// 2⁻¹⁴, the least normal half.
+    const LEAST: f32 = 1.0 / 16_384.0;
+    /// From here on numbers are rounded to infinity.
+    const TOO_LARGE: f32 = 65_520.0;
+    let size = value.abs();
+    let normal = f32::from_bits(round_bits(size.to_bits(), 13));
+    let subnormal = (size + SUBNORMAL) - SUBNORMAL;
+    let rounded = if size < LEAST { subnormal } else { normal };
+    let rounded = if size >= TOO_LARGE { f32::INFINITY } else { rounded };
+    let rounded = if value.is_nan() { f32::NAN } else { rounded };
+    rounded.copysign(value)
+}
+
+/// Rounds the lowest `count` bits away.
+#[inline(always)]
+fn round_bits(bits: u32, count: u32) -> u32 {
+    let last = bits >> count & 1;
+    bits.wrapping_add((1 << (count - 1)) - 1 + last) & !((1 << count) - 1)
+}
+
+/// Whether no number is infinite or NaN.
+#[inline(always)]
+pub(super) fn is_finite(values: &[f32]) -> bool {
+    const EXPONENT: u32 = 0x7F80_0000;
+    // The largest size, rather than a search, so that the loop becomes vector instructions.
+    values.iter().fold(0, |largest, value| largest.max(value.to_bits() & 0x7FFF_FFFF)) < EXPONENT
 }
 
 #[cfg(test)]
@@ -146,6 +193,24 @@ mod tests {
     }
 
     #[test]
+    fn numbers_are_rounded_as_the_formats_say() {
+        // All signs and exponents, with fractions on both sides of ties.
+        let fractions = [0, 1, 0xFFF, 0x1000, 0x1001, 0x1FFF, 0x2000, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF];
+        let bits = (0..=u32::from(u16::MAX)).flat_map(|high| fractions.map(|low| high << 16 | low));
+        for value in bits.map(f32::from_bits) {
+            for (dtype, expected) in
+                [(Dtype::Bf16, bf16::from_f32(value).to_f32()), (Dtype::F16, f16::from_f32(value).to_f32())]
+            {
+                let mut rounded = [value];
+                round(dtype, &mut rounded);
+                let same = rounded[0].to_bits() == expected.to_bits() || rounded[0].is_nan() && expected.is_nan();
+                assert!(same, "{dtype} {value:e}: {:e} for {expected:e}", rounded[0]);
+                assert_eq!(is_finite(&[1.0, rounded[0]]), expected.is_finite());
+            }
+        }
+    }
+
+    #[test]
     fn rounding_and_travelling_agree() {
         let values: Vec<f32> = (0..200).map(|i| (i as f32 - 77.3) * 0.37).collect();
         for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
@@ -153,8 +218,12 @@ mod tests {
             round(dtype, &mut rounded);
             let states = HiddenStates::from_f32(dtype, 10, &values);
             assert_eq!(states.to_f32(), rounded);
-            assert_eq!(states.rows_to_f32(3, 2), rounded[30..50]);
-            assert_eq!(states.rows_to_f32(19, 5), rounded[190..]);
+            let mut some = [0.0; 20];
+            states.decode_rows(3, &mut some);
+            assert_eq!(some, rounded[30..50]);
+            some.fill(7.0);
+            states.decode_rows(19, &mut some);
+            assert_eq!((&some[..10], &some[10..]), (&rounded[190..], &[7.0; 10][..]));
         }
     }
 }

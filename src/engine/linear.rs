@@ -2,13 +2,10 @@
 
 use std::sync::Arc;
 
-use candle_core::{Error as TensorError, Tensor};
-
 use super::{
     load::{LoadError, Source},
     matrix::Matrix,
-    product::{Operands, products},
-    tensor,
+    product::{Operands, Room, products},
 };
 use crate::model::spec::LinearSpec;
 
@@ -19,6 +16,7 @@ pub(super) struct Linear {
     orders: Vec<Vec<u32>>,
     /// `[outputs]`, always in f32.
     bias: Option<Vec<f32>>,
+    inputs: usize,
     outputs: usize,
 }
 
@@ -50,31 +48,29 @@ impl Linear {
                 orders.len() - 1
             }))
         };
+        let inputs = matrices.first().map_or(0, |matrix| matrix.inputs());
         let outputs = matrices.iter().map(|matrix| matrix.outputs()).sum();
         let parts = matrices.into_iter().map(|matrix| Part { order: order_of(&matrix), matrix }).collect();
-        Self { parts, orders, bias, outputs }
+        Self { parts, orders, bias, inputs, outputs }
     }
 
-    /// `x · weightᵀ + bias`: from `[rows, inputs]` to `[rows, outputs]`.
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor, TensorError> {
-        let (_, inputs) = x.dims2()?;
-        let mut y = tensor::with_f32(x, |x| {
-            let gather = |order: &Vec<u32>| -> Vec<f32> {
-                let row = |x: &[f32]| order.iter().map(|column| x[*column as usize]).collect::<Vec<f32>>();
-                x.chunks_exact(inputs).flat_map(row).collect()
-            };
-            let gathered: Vec<Vec<f32>> = self.orders.iter().map(gather).collect();
-            let operands = self
-                .parts
-                .iter()
-                .map(|part| Operands { x: part.order.map_or(x, |order| &gathered[order]), w: &part.matrix });
-            products(&operands.collect::<Vec<_>>())
-        })?;
+    /// `y = x · weightᵀ + bias`: from `[rows, inputs]` to `[rows, outputs]`.
+    pub(super) fn forward(&self, x: &[f32], y: &mut Vec<f32>, room: &mut Room) {
+        let gathered = &mut room.gathered;
+        gathered.resize_with(self.orders.len().max(gathered.len()), Vec::new);
+        for (order, gathered) in self.orders.iter().zip(&mut *gathered) {
+            gathered.clear();
+            for row in x.chunks_exact(self.inputs) {
+                gathered.extend(order.iter().map(|column| row[*column as usize]));
+            }
+        }
+        let rows_of = |part: &Part| part.order.map_or(x, |order| &gathered[order]);
+        let operands: Vec<_> = self.parts.iter().map(|part| Operands { x: rows_of(part), w: &part.matrix }).collect();
+        products(&operands, y);
         if let Some(bias) = &self.bias {
             for row in y.chunks_exact_mut(self.outputs) {
                 row.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
             }
         }
-        tensor::matrix(y, self.outputs)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, io};
 
-use super::{matrix::Matrix, pages::PAGE_TOKENS, tensor};
+use super::{matrix::Matrix, pages::PAGE_TOKENS, tensor, threads::MAX_THREADS};
 use crate::model::{
     Dtype, Quant,
     checkpoint::{BlockFormat, BlockMatrix, Checkpoint, CheckpointError, StoredMatrix},
@@ -47,6 +47,12 @@ pub enum LoadError {
         name: String,
         /// What is wrong with it.
         reason: String,
+    },
+    /// So many threads there can't be.
+    #[error("{count} threads were asked for: give a number from 1 to {}", MAX_THREADS)]
+    ThreadCount {
+        /// How many were asked for.
+        count: usize,
     },
     /// No thread could be started.
     #[error("the engine's threads can't be started: {0}")]

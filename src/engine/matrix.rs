@@ -176,7 +176,9 @@ impl Matrix {
 
     /// `x · selfᵀ` for `x` of `[rows, inputs]`: `[rows, outputs]`. Columns of `x` are taken in the matrix's own order.
     pub fn product(&self, x: &[f32]) -> Vec<f32> {
-        products(&[Operands { x, w: self }])
+        let mut y = Vec::new();
+        products(&[Operands { x, w: self }], &mut y);
+        y
     }
 
     /// Some rows as f32, `[rows, inputs]`: themselves, or widened into `scratch`, which has room for them.

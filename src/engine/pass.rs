@@ -2,16 +2,15 @@
 
 use std::ops::Range;
 
-use candle_core::{Error as TensorError, Tensor};
-
 use super::{
     attention::RowRun,
     block::{Batch, Block},
+    hidden::HiddenStates,
     load::{LoadError, Source},
     pages::PageId,
     planes::KvPlanes,
     rope::{Angles, Rope},
-    tensor,
+    scratch::Scratch,
 };
 use crate::model::{
     Dtype,
@@ -23,8 +22,13 @@ pub(super) struct Span {
     first: usize,
     hidden: usize,
     blocks: Vec<LoadedBlock>,
-    /// Rotary schemes; blocks that share one share its angles.
-    ropes: Vec<Rope>,
+    /// Rotary schemes, and their angles of the rows of a pass; blocks that share one share its angles.
+    ropes: Vec<(Rope, Angles)>,
+    /// The rows of a pass, segment after segment, `[rows, hidden]`.
+    states: Vec<f32>,
+    /// The rows of some of its segments, where not all go through the same blocks.
+    apart: Vec<f32>,
+    scratch: Scratch,
 }
 
 struct LoadedBlock {
@@ -41,8 +45,9 @@ pub(super) struct Segment<'a> {
     pub(super) wire: Dtype,
     /// The rows by lane.
     pub(super) pieces: Vec<Piece<'a>>,
-    /// The rows, `[rows, hidden]`.
-    pub(super) input: Vec<f32>,
+    /// The rows are these from `first` on.
+    pub(super) hidden: &'a HiddenStates,
+    pub(super) first: usize,
 }
 
 /// Consecutive rows of one lane.
@@ -62,8 +67,8 @@ pub(super) struct NonFinite {
     pub(super) block: usize,
 }
 
-/// The output rows of a segment, `[rows, hidden]`.
-pub(super) type Outcome = Result<Vec<f32>, NonFinite>;
+/// Which of [`Span::states`] are a segment's output.
+pub(super) type Outcome = Result<Range<usize>, NonFinite>;
 
 impl Span {
     /// Loads the blocks of `span`, which must be in `spec`, with room for `pages` pages.
@@ -94,14 +99,32 @@ impl Span {
             });
             progress(done + 1, span.len());
         }
-        let ropes = rope_specs.into_iter().map(|(spec, head_size)| Rope::new(spec, head_size)).collect();
-        Ok(Self { first: span.start, hidden: spec.hidden_size, blocks, ropes })
+        let rope = |(spec, head_size): (&RopeSpec, usize)| (Rope::new(spec, head_size), Angles::default());
+        Ok(Self {
+            first: span.start,
+            hidden: spec.hidden_size,
+            blocks,
+            ropes: rope_specs.into_iter().map(rope).collect(),
+            states: Vec::new(),
+            apart: Vec::new(),
+            scratch: Scratch::default(),
+        })
     }
 
     /// Runs the segments, which may cover different blocks, together wherever they meet.
-    pub(super) fn run(&mut self, segments: &[Segment<'_>]) -> Result<Vec<Outcome>, TensorError> {
-        let input = |segment: &Segment<'_>| tensor::matrix(segment.input.clone(), self.hidden);
-        let mut rows: Vec<Tensor> = segments.iter().map(input).collect::<Result<_, TensorError>>()?;
+    pub(super) fn run(&mut self, segments: &[Segment<'_>]) -> Vec<Outcome> {
+        let hidden = self.hidden;
+        let mut places = Vec::with_capacity(segments.len());
+        let mut end = 0;
+        for segment in segments {
+            let start = end;
+            end += segment.rows() * hidden;
+            places.push(start..end);
+        }
+        self.states.resize(end, 0.0);
+        for (segment, place) in segments.iter().zip(&places) {
+            segment.hidden.decode_rows(segment.first, &mut self.states[place.clone()]);
+        }
         let mut flaws: Vec<Option<NonFinite>> = segments.iter().map(|_| None).collect();
 
         // The blocks fall into stretches in which the same segments are under way.
@@ -121,33 +144,40 @@ impl Span {
                 continue;
             }
             let group = Group::new(segments, &here);
-            let angles = self.angles(&group);
-            let mut x = match &here[..] {
-                [only] => rows[*only].clone(),
-                _ => Tensor::cat(&here.iter().map(|index| &rows[*index]).collect::<Vec<_>>(), 0)?,
-            };
-            for index in stretch {
-                let loaded = &mut self.blocks[index - self.first];
-                let batch =
-                    Batch { runs: &group.runs, angles: loaded.rope.map(|rope| &angles[rope]), wires: &group.wires };
-                x = loaded.block.forward(&x, &batch, &mut loaded.cache)?;
-                group.find_flaws(&x, index, &mut flaws)?;
+            for (rope, angles) in &mut self.ropes {
+                rope.angles(group.positions(), angles);
             }
-            for (index, (start, count)) in here.iter().zip(&group.places) {
-                rows[*index] = x.narrow(0, *start, *count)?;
+            let all = here.len() == segments.len();
+            if !all {
+                self.apart.clear();
+                here.iter().for_each(|index| self.apart.extend_from_slice(&self.states[places[*index].clone()]));
+            }
+            let x = if all { &mut self.states[..] } else { &mut self.apart[..] };
+            for index in stretch {
+                let LoadedBlock { block, cache, rope } = &mut self.blocks[index - self.first];
+                let angles = rope.map(|rope| &self.ropes[rope].1);
+                block.forward(x, &Batch { runs: &group.runs, angles, wires: &group.wires }, cache, &mut self.scratch);
+                group.find_flaws(&self.scratch.broken, index, &mut flaws);
+            }
+            if !all {
+                for (index, (start, rows)) in here.iter().zip(&group.places) {
+                    let rows = &self.apart[start * hidden..][..rows * hidden];
+                    self.states[places[*index].clone()].copy_from_slice(rows);
+                }
             }
         }
-        let outcome = |(rows, flaw): (Tensor, Option<NonFinite>)| match flaw {
-            Some(flaw) => Ok(Err(flaw)),
-            None => tensor::with_f32(&rows, <[f32]>::to_vec).map(Ok),
-        };
-        rows.into_iter().zip(flaws).map(outcome).collect()
+        places.into_iter().zip(flaws).map(|(place, flaw)| flaw.map_or(Ok(place), Err)).collect()
     }
 
-    fn angles(&self, group: &Group<'_>) -> Vec<Angles> {
-        let positions = |run: &RowRun<'_>| run.position..run.position + run.rows;
-        let runs = || group.runs.iter().map(positions).zip(group.rope_lengths.iter().copied());
-        self.ropes.iter().map(|rope| rope.angles(runs())).collect()
+    /// Rows of the last pass.
+    pub(super) fn states(&self, place: Range<usize>) -> &[f32] {
+        &self.states[place]
+    }
+}
+
+impl Segment<'_> {
+    fn rows(&self) -> usize {
+        self.pieces.iter().map(|piece| piece.rows).sum()
     }
 }
 
@@ -186,17 +216,19 @@ impl<'a> Group<'a> {
         group
     }
 
-    /// Notes the first non-finite row of each segment that hadn't any before.
-    fn find_flaws(&self, x: &Tensor, block: usize, flaws: &mut [Option<NonFinite>]) -> Result<(), TensorError> {
-        let (_, width) = x.dims2()?;
-        tensor::with_f32(x, |x| {
-            for (member, (start, count)) in self.members.iter().zip(&self.places) {
-                if flaws[*member].is_none() {
-                    let rows = &x[start * width..][..count * width];
-                    let index = rows.iter().position(|value| !value.is_finite());
-                    flaws[*member] = index.map(|index| NonFinite { row: index / width, block });
-                }
+    /// The positions of each run, and the length that rotary factors are taken for.
+    fn positions(&self) -> impl Iterator<Item = (Range<usize>, usize)> {
+        let positions = self.runs.iter().map(|run| run.position..run.position + run.rows);
+        positions.zip(self.rope_lengths.iter().copied())
+    }
+
+    /// Notes the first broken row of each segment that hadn't any before.
+    fn find_flaws(&self, broken: &[bool], block: usize, flaws: &mut [Option<NonFinite>]) {
+        for (member, (start, count)) in self.members.iter().zip(&self.places) {
+            if flaws[*member].is_none() {
+                let row = broken[*start..start + count].iter().position(|broken| *broken);
+                flaws[*member] = row.map(|row| NonFinite { row, block });
             }
-        })
+        }
     }
 }

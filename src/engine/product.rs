@@ -36,18 +36,25 @@ pub(super) struct Operands<'a> {
     pub(super) w: &'a Matrix,
 }
 
-/// `x · wᵀ` for several matrices, side by side: `[rows, Σ outputs]`. All have the same number of rows in `x`, at least one.
-pub(super) fn products(operands: &[Operands<'_>]) -> Vec<f32> {
+/// Buffers of products, which are kept from one to the next.
+#[derive(Default)]
+pub(super) struct Room {
+    /// Rows with their columns in the orders of matrices, one buffer an order.
+    pub(super) gathered: Vec<Vec<f32>>,
+}
+
+/// `y = x · wᵀ` for several matrices, side by side: `[rows, Σ outputs]`. All have the same number of rows in `x`, at least one.
+pub(super) fn products(operands: &[Operands<'_>], y: &mut Vec<f32>) {
     let outputs: usize = operands.iter().map(|each| each.w.outputs()).sum();
-    let Some(rows) = operands.first().map(|each| each.x.len() / each.w.inputs()) else { return Vec::new() };
+    let rows = operands.first().map_or(0, |each| each.x.len() / each.w.inputs());
+    y.resize(rows * outputs, 0.0);
     let work: usize = operands.iter().map(|each| each.x.len() * each.w.outputs()).sum();
     let threads = rayon::current_num_threads();
-    let mut y = vec![0.0; rows * outputs];
     if threads < 2 || work < MIN_PARALLEL {
-        for (part, column) in parts(operands, outputs) {
-            part.run(&mut y, outputs, column);
+        for (part, column) in parts(operands, outputs.max(1)) {
+            part.run(y, outputs, column);
         }
-        return y;
+        return;
     }
     let size = outputs.div_ceil(threads * PARTS_PER_THREAD).next_multiple_of(LONE_ROW_TILE);
     if rows == 1 {
@@ -59,7 +66,7 @@ pub(super) fn products(operands: &[Operands<'_>]) -> Vec<f32> {
             each.push((part, own));
         }
         each.into_par_iter().for_each(|(part, y)| part.run(y, y.len(), 0));
-        return y;
+        return;
     }
     // Each part writes a matrix of its own, `[rows, part]`; they are then put side by side.
     let each: Vec<_> = parts(operands, size).collect();
@@ -78,7 +85,6 @@ pub(super) fn products(operands: &[Operands<'_>]) -> Vec<f32> {
             y[*column..column + width].copy_from_slice(&part[row * width..][..width]);
         }
     });
-    y
 }
 
 /// Some outputs of one matrix.
@@ -262,7 +268,7 @@ mod tests {
     }
 
     fn product(x: &[f32], w: &[f32], inputs: usize) -> Vec<f32> {
-        products(&[Operands { x, w: &Matrix::from_f32(w.to_vec(), inputs) }])
+        Matrix::from_f32(w.to_vec(), inputs).product(x)
     }
 
     #[test]
@@ -320,7 +326,8 @@ mod tests {
             let [above, below] = [above, below].map(|w| Matrix::from_f32(w.to_vec(), inputs));
             for rows in [1, 2, 11] {
                 let x = &x[..rows * inputs];
-                let both = products(&[Operands { x, w: &above }, Operands { x, w: &below }]);
+                let mut both = Vec::new();
+                products(&[Operands { x, w: &above }, Operands { x, w: &below }], &mut both);
                 assert_eq!(both, all[..rows * outputs], "{cut} {rows}");
             }
         }

@@ -7,7 +7,8 @@ use crate::model::spec::{RopeScaling, RopeSpec};
 /// Turns a token per position, for each pair of a head's numbers.
 ///
 /// They are computed in the precision and order that transformers uses (`modeling_rope_utils.py`), since at a position of
-/// 100,000 an angle that is off in its last bit turns a head by hundredths of a radian.
+/// 100,000 an angle that is off in its last bit turns a head by hundredths of a radian. Powers, sines and cosines are those of
+/// the `libm` crate, which are the same on every machine.
 pub(super) struct Rope {
     frequencies: Frequencies,
     /// What cosines and sines are multiplied by.
@@ -56,7 +57,7 @@ impl Rope {
                 attention = *attention_factor;
                 let bound = |turns: f64| {
                     let context = *original_context as f64;
-                    width as f64 * (context / (turns * 2.0 * PI)).ln() / (2.0 * spec.theta.ln())
+                    width as f64 * libm::log(context / (turns * 2.0 * PI)) / (2.0 * libm::log(spec.theta))
                 };
                 let (low, high) = (bound(*beta_fast), bound(*beta_slow));
                 let (low, high) = if *truncate { (low.floor(), high.ceil()) } else { (low, high) };
@@ -74,21 +75,21 @@ impl Rope {
         Self { frequencies, factor: attention as f32 }
     }
 
-    /// Cosines and sines of runs of positions, each with the length that the factors are taken for, `[positions, pairs]`.
-    pub(super) fn angles(&self, runs: impl Iterator<Item = (Range<usize>, usize)>) -> Angles {
-        let mut angles = Angles { pairs: 0, cos: Vec::new(), sin: Vec::new() };
+    /// Puts the cosines and sines of runs of positions, each with the length that the factors are taken for, into `angles`.
+    pub(super) fn angles(&self, runs: impl Iterator<Item = (Range<usize>, usize)>, angles: &mut Angles) {
+        angles.cos.clear();
+        angles.sin.clear();
         for (positions, length) in runs {
             let frequencies = self.frequencies.at(length);
             angles.pairs = frequencies.len();
             for position in positions {
                 for frequency in &*frequencies {
-                    let (sin, cos) = (position as f32 * frequency).sin_cos();
+                    let (sin, cos) = libm::sincosf(position as f32 * frequency);
                     angles.cos.push(cos * self.factor);
                     angles.sin.push(sin * self.factor);
                 }
             }
         }
-        angles
     }
 }
 
@@ -101,7 +102,7 @@ impl Frequencies {
                 let length = length.max(*original);
                 let growth = factor * length as f32 / *original as f32 - (factor - 1.0);
                 let exponent = *width as f64 / (*width as f64 - 2.0);
-                let theta = theta * f64::from(growth).powf(exponent) as f32;
+                let theta = theta * libm::pow(f64::from(growth), exponent) as f32;
                 Cow::Owned(periods(f64::from(theta), *width).map(|period| 1.0 / period).collect())
             }
         }
@@ -111,7 +112,7 @@ impl Frequencies {
 /// What a pair's position is divided by: `theta^(2 · pair / width)`.
 fn periods(theta: f64, width: usize) -> impl Iterator<Item = f32> {
     let exponents = (0..width / 2).map(move |pair| (2 * pair) as f32 / width as f32);
-    exponents.map(move |exponent| theta.powf(f64::from(exponent)) as f32)
+    exponents.map(move |exponent| libm::pow(theta, f64::from(exponent)) as f32)
 }
 
 struct Llama3 {
@@ -154,7 +155,8 @@ impl Yarn {
     }
 }
 
-/// Cosines and sines of the rows of a pass.
+/// Cosines and sines of the rows of a pass, `[rows, pairs]`.
+#[derive(Default)]
 pub(super) struct Angles {
     pairs: usize,
     cos: Vec<f32>,
@@ -179,6 +181,12 @@ mod tests {
 
     fn rope(scaling: RopeScaling) -> Rope {
         Rope::new(&RopeSpec { theta: 10_000.0, scaling, width: None }, 8)
+    }
+
+    fn angles(rope: &Rope, runs: &[(Range<usize>, usize)]) -> Angles {
+        let mut angles = Angles::default();
+        rope.angles(runs.iter().cloned(), &mut angles);
+        angles
     }
 
     fn frequencies(scaling: RopeScaling) -> Vec<f32> {
@@ -211,7 +219,7 @@ mod tests {
     #[test]
     fn a_rotation_keeps_lengths_and_turns_by_the_position() {
         let rope = Rope::new(&RopeSpec { theta: 10_000.0, scaling: RopeScaling::Default, width: None }, 4);
-        let angles = rope.angles([(0..1, 1), (3..4, 4)].into_iter());
+        let angles = angles(&rope, &[(0..1, 1), (3..4, 4)]);
         let mut head = [1.0, 2.0, 0.0, 0.5];
         angles.rotate(0, &mut head);
         assert_eq!(head, [1.0, 2.0, 0.0, 0.5]);
@@ -224,7 +232,7 @@ mod tests {
     fn only_the_first_numbers_of_a_head_are_rotated() {
         let rope = Rope::new(&RopeSpec { theta: 10_000.0, scaling: RopeScaling::Default, width: Some(4) }, 6);
         let mut head = [1.0, 2.0, 0.0, 0.5, 7.0, 8.0];
-        rope.angles(std::iter::once((3..4, 4))).rotate(0, &mut head);
+        angles(&rope, &[(3..4, 4)]).rotate(0, &mut head);
         assert!((head[0] - 3f32.cos()).abs() < 1e-6 && (head[2] - 3f32.sin()).abs() < 1e-6);
         assert_eq!(head[4..], [7.0, 8.0]);
     }
@@ -240,7 +248,7 @@ mod tests {
         let theta = 10_000.0 * 5f64.powf(8.0 / 6.0);
         close(&at(200), &[0.0, 0.25, 0.5, 0.75].map(|exponent| theta.powf(-exponent)));
         // One step states the length for all of its tokens.
-        let angles = rope.angles([(0..2, 200), (1..2, 50)].into_iter());
+        let angles = angles(&rope, &[(0..2, 200), (1..2, 50)]);
         close(&angles.cos[4..8], &[0.0, 0.25, 0.5, 0.75].map(|exponent| theta.powf(-exponent).cos()));
         close(&angles.cos[8..12], &[1.0, 0.1, 0.01, 0.001].map(f64::cos));
     }
@@ -263,7 +271,7 @@ mod tests {
         assert!((f64::from(exact[2]) / (0.01 * (1.0 - ramp) + 0.01 / 32.0 * ramp) - 1.0).abs() < 1e-5, "{}", exact[2]);
         // Rounded outwards the bounds are 1 and 3.
         close(&frequencies(yarn(true)), &[1.0, 0.1, 0.01 * 0.5 + 0.01 / 32.0 * 0.5, 0.001 / 32.0]);
-        let angles = rope(yarn(true)).angles(std::iter::once((0..1, 1)));
+        let angles = angles(&rope(yarn(true)), &[(0..1, 1)]);
         assert_eq!((angles.cos[0], angles.sin[0]), (1.25, 0.0));
     }
 
@@ -277,7 +285,7 @@ mod tests {
         });
         for (length, expected) in [(64, [1.0, 0.1, 0.005, 0.0005]), (65, [1.0, 0.05, 0.0025, 0.000_125])] {
             close(&rope.frequencies.at(length), &expected);
-            let angles = rope.angles(std::iter::once((1..2, length)));
+            let angles = angles(&rope, &[(1..2, length)]);
             close(&angles.cos, &expected.map(|frequency: f64| 1.5 * frequency.cos()));
         }
     }

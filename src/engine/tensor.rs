@@ -1,34 +1,8 @@
-//! Between candle's tensors and plain slices.
-//!
-//! The activations between the parts of a block are candle tensors, `[rows, width]` in f32, on the device that the
-//! weights are on. On the CPU each part runs a kernel of our own on their slices.
+//! Small tensors of a checkpoint, before they become norms, biases and experts.
 
-use candle_core::{CpuStorage, Device, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 
 use crate::model::{Dtype, checkpoint::TensorData};
-
-/// Calls `f` with the values of a contiguous f32 tensor on the CPU.
-pub(super) fn with_f32<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
-    let (storage, layout) = tensor.storage_and_layout();
-    match (&*storage, layout.contiguous_offsets()) {
-        (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) => Ok(f(&values[start..end])),
-        _ => bail!("expected a contiguous tensor of f32 on the CPU, found {tensor:?}"),
-    }
-}
-
-/// `values` as a tensor `[rows, width]`.
-pub(super) fn matrix(values: Vec<f32>, width: usize) -> Result<Tensor> {
-    let rows = values.len() / width;
-    Tensor::from_vec(values, (rows, width), &Device::Cpu)
-}
-
-/// The sum of two tensors of the same shape.
-pub(super) fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let (_, width) = a.dims2()?;
-    let sum = with_f32(a, |a| with_f32(b, |b| a.iter().zip(b).map(|(a, b)| a + b).collect()))??;
-    matrix(sum, width)
-}
 
 /// Bytes of a checkpoint as f32.
 pub(super) fn to_f32(data: &TensorData) -> Vec<f32> {

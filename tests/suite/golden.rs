@@ -79,7 +79,11 @@ impl Golden {
     }
 
     fn edges(&self, dtype: Dtype) -> Edges {
-        Edges::load(&self.checkpoint, EdgesOptions { dtype, quant: self.quant, device: DeviceChoice::Cpu }).unwrap()
+        Edges::load(
+            &self.checkpoint,
+            EdgesOptions { dtype, quant: self.quant, device: DeviceChoice::Cpu, threads: None },
+        )
+        .unwrap()
     }
 
     fn engine(&self, span: Range<usize>, dtype: Dtype) -> Engine {

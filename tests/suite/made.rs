@@ -158,7 +158,7 @@ pub(crate) fn load_if_asked() -> bool {
             engine.loaded_bytes()
         }
         What::Edges => {
-            let options = EdgesOptions { dtype: Dtype::Bf16, quant, device: DeviceChoice::Cpu };
+            let options = EdgesOptions { dtype: Dtype::Bf16, quant, device: DeviceChoice::Cpu, threads: None };
             Edges::load(&checkpoint, options).unwrap().loaded_bytes()
         }
     };

@@ -67,7 +67,8 @@ fn kernel_follows_the_formula(kernel: &Kernel) {
                 qkv.extend_from_slice(&lanes[lane][rows.start * width..rows.end * width]);
             }
         }
-        let mixed = kernel.run(&qkv, &runs, &mut planes);
+        let mut mixed = Vec::new();
+        kernel.run(&qkv, &runs, &mut planes, &mut mixed);
         for (lane, run) in runs.iter().enumerate() {
             found[lane].extend_from_slice(&mixed[run.first_row * kernel.q_width()..][..run.rows * kernel.q_width()]);
         }

@@ -9,13 +9,10 @@ use candle_core::{
 use safetensors::SafeTensors;
 
 use super::*;
-use crate::{
-    engine::product::{Operands, products},
-    model::{
-        Quant,
-        checkpoint::{BlockMatrix, Checkpoint},
-        spec::{FfnSpec, LinearSpec},
-    },
+use crate::model::{
+    Quant,
+    checkpoint::{BlockMatrix, Checkpoint},
+    spec::{FfnSpec, LinearSpec},
 };
 
 const FORMATS: [BlockFormat; 13] = [
@@ -202,10 +199,10 @@ fn a_product_equals_that_of_the_widened_matrix_bit_for_bit() {
     let x = random(rows * inputs, 2);
     for matrix in every_form(outputs, inputs) {
         let dense = Matrix::from_f32(wide(&matrix), inputs);
-        let expected = products(&[Operands { x: &x, w: &dense }]);
+        let expected = dense.product(&x);
         for (first, count) in [(0, 7), (0, 1), (3, 1), (2, 2), (1, 3), (0, 5)] {
             let x = &x[first * inputs..][..count * inputs];
-            let y = products(&[Operands { x, w: &matrix }]);
+            let y = matrix.product(x);
             assert_eq!(bits(&y), bits(&expected[first * outputs..][..count * outputs]), "{:?}", matrix.packed_in());
         }
     }

@@ -356,7 +356,7 @@ pub(super) async fn client(model: &Path, peer: &Server, patience: Patience) -> C
     let source = ModelSource::open(&model.display().to_string(), HubOptions::default()).await.unwrap();
     let identity = ModelIdentity::of(&source).await.unwrap();
     let checkpoint = source.fetch_edges().await.unwrap();
-    let choice = EdgesChoice { dtype: Some(Dtype::F32), quant: Quant::Auto, device: DeviceChoice::Cpu };
+    let choice = EdgesChoice { dtype: Some(Dtype::F32), quant: Quant::Auto, device: DeviceChoice::Cpu, threads: None };
     let model = Arc::new(LocalModel::load(&checkpoint, identity, choice).unwrap());
     Client::connect(model, network(peer), patience, Duration::from_secs(10)).await.unwrap()
 }
