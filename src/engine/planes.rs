@@ -55,9 +55,25 @@ impl KvPlanes {
             }),
         }
     }
+
+    /// Copies all keys and values of a page over those of another, for a lane that writes to a page that it shares.
+    pub(super) fn copy_page(&mut self, from: PageId, to: PageId) {
+        match self {
+            Self::F32(planes) => planes.copy_page(from, to),
+            Self::Bf16(planes) => planes.copy_page(from, to),
+            Self::F16(planes) => planes.copy_page(from, to),
+        }
+    }
 }
 
 impl<T: Stored> Planes<T> {
+    fn copy_page(&mut self, from: PageId, to: PageId) {
+        let page = self.kv_heads * PAGE_TOKENS * self.head_size;
+        let (from, to) = (self.start(from, 0), self.start(to, 0));
+        self.keys.copy_within(from..from + page, to);
+        self.values.copy_within(from..from + page, to);
+    }
+
     fn start(&self, page: PageId, head: usize) -> usize {
         (page as usize * self.kv_heads + head) * PAGE_TOKENS * self.head_size
     }
@@ -87,5 +103,27 @@ impl<T: Stored> Planes<T> {
 fn narrow<T: Stored>(from: &[f32], to: &mut [T]) {
     for (to, from) in to.iter_mut().zip(from) {
         *to = T::narrow(*from);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copied_page_holds_the_same_and_its_neighbours_what_they_held() {
+        let mut all = KvPlanes::new(Dtype::F32, 3, 2, 3);
+        let tokens = |page: u32| [1.0, 2.0, 3.0, 4.0, 5.0, 6.0].map(|value: f32| value + 10.0 * page as f32);
+        if let KvPlanes::F32(planes) = &mut all {
+            (0..3).for_each(|page| planes.store(page, 5, &tokens(page), &tokens(page + 3)));
+        }
+        all.copy_page(2, 0);
+        let KvPlanes::F32(planes) = &all else { panic!("asked for f32") };
+        for (page, source) in [(0, 2), (1, 1), (2, 2)] {
+            for head in 0..2 {
+                assert_eq!(planes.keys(page, head, 6)[15..], tokens(source)[head * 3..][..3]);
+                assert_eq!(planes.values(page, head, 6)[15..], tokens(source + 3)[head * 3..][..3]);
+            }
+        }
     }
 }
