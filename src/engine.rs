@@ -26,7 +26,8 @@
 //! # Pages
 //!
 //! The KV cache is allocated at start, in pages of [`PAGE_TOKENS`] tokens. A [`Cache`] owns the pages of one session and
-//! gives them back when it is dropped. Pages for a whole step are taken before it begins; a step that can't get them
+//! gives them back when it is dropped. Lanes that were copied and sessions that share a prefix ([`Cache::copy_lane`],
+//! [`Cache::share_prefix`]) hold the same pages, and a step that writes to one of these gets a copy of it. Pages for a whole step are taken before it begins; a step that can't get them
 //! waits in order until its deadline, sessions that run before new ones, and new ones leave one part in
 //! [`WATERMARK_SHARE`] of the pool free.
 //!
@@ -48,6 +49,7 @@ mod floats;
 mod head;
 mod hidden;
 mod job;
+mod lanes;
 mod linear;
 mod load;
 mod matrix;
@@ -71,15 +73,16 @@ use std::{
 };
 
 use batcher::Batcher;
-pub use cache::Cache;
+pub use cache::{AdoptError, Cache, SharedPages};
 use cache::{Desk, Pending};
 pub use edges::{EdgeError, Edges, EdgesOptions};
 pub use hidden::{HiddenStates, WrongLength};
 pub use job::{Job, Keep, Place, StepError, StepOutput};
+pub use lanes::LaneRun;
 pub use load::LoadError;
 use load::{Loaded, Source};
 pub use matrix::Matrix;
-pub use pages::{LaneRun, PAGE_TOKENS, WATERMARK_SHARE};
+pub use pages::{PAGE_TOKENS, WATERMARK_SHARE};
 use pass::Span;
 use planes::KvPlanes;
 pub use threads::MAX_THREADS;
@@ -170,6 +173,8 @@ pub struct EngineLoad {
     pub cache_tokens_left: usize,
     /// Tokens that all pages have room for.
     pub cache_tokens_total: usize,
+    /// Tokens that the pages have room for which more than one lane or handle refer to.
+    pub cache_tokens_shared: usize,
     /// Jobs that haven't begun.
     pub queue: usize,
     /// Steps that were computed since the start.
@@ -257,8 +262,7 @@ impl Engine {
         let submitted = Instant::now();
         let refusal = self.check(&job, submitted).err().or_else(|| {
             let state = self.shared.desk.lock();
-            let table = &job.cache.table;
-            let possible = state.pages.could_ever(batcher::claim_of(table), table.held(), table.needed(&job.lanes));
+            let possible = job.cache.table.could_ever(&job.lanes, &state.pages);
             (!possible).then(|| batcher::cache_full(&state, &job))
         });
         if let Some(error) = refusal {
@@ -282,6 +286,7 @@ impl Engine {
         EngineLoad {
             cache_tokens_left: state.pages.free() * PAGE_TOKENS,
             cache_tokens_total: state.pages.total() * PAGE_TOKENS,
+            cache_tokens_shared: state.pages.shared() * PAGE_TOKENS,
             queue: state.queued,
             steps: desk.steps.load(Ordering::Relaxed),
             tokens: desk.tokens.load(Ordering::Relaxed),

@@ -15,7 +15,8 @@ use super::{
     cache::{Cache, Desk, DeskState, Pending},
     hidden::{self, HiddenStates},
     job::{Job, Keep, Place, StepError, StepOutput},
-    pages::{Claim, LaneRun, LaneTable, PAGE_TOKENS},
+    lanes::{LaneRun, PageCopy},
+    pages::{Claim, PAGE_TOKENS},
     pass::{NonFinite, Outcome, Piece, Segment, Span},
     schedule,
 };
@@ -38,6 +39,8 @@ pub(super) struct Batcher {
 struct Active {
     job: Job,
     submitted: Instant,
+    /// To be made in the first pass.
+    copies: Vec<PageCopy>,
     /// When its first pass began.
     began: Option<Instant>,
     /// Rows that have been through.
@@ -62,9 +65,11 @@ impl Batcher {
                 self.pass(&shares);
             }
         }
-        let jobs = self.waiting.into_iter().map(|pending| pending.job).chain(self.ready.into_iter().map(|a| a.job));
-        for job in jobs {
-            refuse(job, StepError::Cancelled);
+        for pending in self.waiting {
+            refuse(pending.job, StepError::Cancelled);
+        }
+        for active in self.ready {
+            active.give_up(StepError::Cancelled);
         }
     }
 
@@ -101,8 +106,8 @@ impl Batcher {
             while index < self.waiting.len() {
                 let pending = &mut self.waiting[index];
                 let table = &pending.job.cache.table;
-                let needed = table.needed(&pending.job.lanes);
-                if claim_of(table) != claim || (is_short && needed > 0) {
+                let needed = table.needed(&pending.job.lanes, &state.pages);
+                if table.claim() != claim || (is_short && needed > 0) {
                     index += 1;
                     continue;
                 }
@@ -113,10 +118,11 @@ impl Batcher {
                     continue;
                 };
                 if let Some(Pending { mut job, submitted, .. }) = self.waiting.remove(index) {
-                    job.cache.table.extend(&job.lanes, pages);
+                    let copies = job.cache.table.extend(&job.lanes, pages, &state.pages);
                     self.ready.push(Active {
                         job,
                         submitted,
+                        copies,
                         began: None,
                         done: 0,
                         output: Vec::new(),
@@ -130,7 +136,6 @@ impl Batcher {
     /// Answers the steps that are cancelled or too late.
     fn discard(&mut self) {
         let now = Instant::now();
-        let mut refused: Vec<(Job, StepError)> = Vec::new();
         let mut index = 0;
         while index < self.waiting.len() {
             if is_stale(&self.waiting[index].job, now)
@@ -144,7 +149,7 @@ impl Batcher {
                     StepError::Deadline
                 };
                 self.desk.lock().queued -= 1;
-                refused.push((pending.job, error));
+                refuse(pending.job, error);
             } else {
                 index += 1;
             }
@@ -156,15 +161,7 @@ impl Batcher {
                 self.desk.lock().queued -= 1;
             }
             let error = if is_cancelled(&active.job) { StepError::Cancelled } else { StepError::Deadline };
-            let mut job = active.job;
-            // A step that hasn't begun has overwritten nothing: its lanes keep their ends.
-            let superfluous =
-                if active.began.is_some() { job.cache.table.abandon(&job.lanes) } else { job.cache.table.release() };
-            self.desk.give_back(superfluous);
-            refused.push((job, error));
-        }
-        for (job, error) in refused {
-            refuse(job, error);
+            active.give_up(error);
         }
     }
 
@@ -182,6 +179,9 @@ impl Batcher {
         let span = &mut self.span;
         let outcomes = catch_unwind(AssertUnwindSafe(|| span.run(&segments)));
         drop(segments);
+        for share in shares {
+            self.ready[share.step].copies.clear();
+        }
         let took = began.elapsed();
         let results: Vec<Result<Outcome, String>> = match outcomes {
             Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
@@ -217,15 +217,11 @@ impl Batcher {
     }
 
     fn finish(&self, active: Active, error: Option<StepError>) {
-        let Active { mut job, submitted, began, output, computed, .. } = active;
-        let table = &mut job.cache.table;
-        let superfluous = if error.is_some() { table.abandon(&job.lanes) } else { table.commit(&job.lanes) };
-        if !superfluous.is_empty() {
-            self.desk.give_back(superfluous);
-        }
         if let Some(error) = error {
-            return refuse(job, error);
+            return active.give_up(error);
         }
+        let Active { mut job, submitted, began, output, computed, .. } = active;
+        self.desk.give_back(job.cache.table.commit(&job.lanes));
         self.desk.count(job.hidden.rows);
         let HiddenStates { dtype, hidden, .. } = job.hidden;
         let rows = output.len() / (hidden * dtype.size_in_bytes());
@@ -238,6 +234,16 @@ impl Batcher {
 impl Active {
     fn rows_left(&self) -> usize {
         self.job.hidden.rows - self.done
+    }
+
+    /// Answers that the step failed.
+    fn give_up(self, error: StepError) {
+        let mut job = self.job;
+        let table = &mut job.cache.table;
+        // A step that hasn't begun has overwritten nothing: its lanes keep their ends.
+        let superfluous = if self.began.is_some() { table.abandon(&job.lanes) } else { table.release() };
+        job.cache.desk.give_back(superfluous);
+        refuse(job, error);
     }
 
     /// The next `rows` rows.
@@ -256,6 +262,7 @@ impl Active {
                     pages: table.pages(piece.lane),
                 })
                 .collect(),
+            copies: &self.copies,
             hidden: &self.job.hidden,
             first: self.done,
         }
@@ -300,15 +307,10 @@ fn pieces(lanes: &[LaneRun], first: usize, count: usize) -> impl Iterator<Item =
     })
 }
 
-/// What a session is entitled to.
-pub(super) fn claim_of(table: &LaneTable) -> Claim {
-    if table.held() > 0 { Claim::Running } else { Claim::New }
-}
-
 /// Says that `job` can't get its pages.
 pub(super) fn cache_full(state: &DeskState, job: &Job) -> StepError {
     StepError::CacheFull {
-        needed_tokens: job.cache.table.needed(&job.lanes).saturating_mul(PAGE_TOKENS),
+        needed_tokens: job.cache.table.needed(&job.lanes, &state.pages).saturating_mul(PAGE_TOKENS),
         free_tokens: state.pages.free() * PAGE_TOKENS,
         total_tokens: state.pages.total() * PAGE_TOKENS,
     }

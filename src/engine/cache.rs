@@ -13,12 +13,15 @@ use std::{
 
 use super::{
     job::Job,
-    pages::{LaneTable, PAGE_TOKENS, PageId, PagePool},
+    lanes::LaneTable,
+    pages::{PAGE_TOKENS, PageId, PagePool},
 };
 
 /// The KV cache of one session, for some blocks of the span: its lanes and the pages that they hold.
 ///
-/// It is empty at first, grows with the session's steps, and gives its pages back when it is dropped.
+/// It is empty at first, grows with the session's steps, and gives its pages back when it is dropped. Lanes that are
+/// copied, and prefixes that are shared between sessions, refer to the same pages until one of them is written to: a
+/// copy costs nothing, and what several hold counts once in the pool.
 pub struct Cache {
     pub(super) desk: Arc<Desk>,
     pub(super) table: LaneTable,
@@ -40,9 +43,56 @@ impl Cache {
         self.table.end(lane)
     }
 
-    /// Tokens that the session's pages have room for; what it holds of the pool.
+    /// Tokens that the session's pages have room for; what it holds of the pool, together with others where it shares.
     pub fn reserved_tokens(&self) -> usize {
-        self.table.held() * PAGE_TOKENS
+        self.table.references().len() * PAGE_TOKENS
+    }
+
+    /// Makes lane `to` a copy of lane `from`; what it held before is forgotten. The copy of an empty lane is empty.
+    pub fn copy_lane(&mut self, from: u32, to: u32) {
+        self.copy_lanes(&[(from, to)]);
+    }
+
+    /// Makes the second lane of each pair a copy of what the first one is now: of all at once, so that a beam search can
+    /// rearrange its lanes. A lane that is second in two pairs becomes what the later one says.
+    pub fn copy_lanes(&mut self, pairs: &[(u32, u32)]) {
+        let superfluous = self.table.copy(pairs, &mut self.desk.lock().pages);
+        self.desk.give_back(superfluous);
+    }
+
+    /// Forgets a lane.
+    pub fn drop_lane(&mut self, lane: u32) {
+        let superfluous = self.table.remove(lane);
+        self.desk.give_back(superfluous);
+    }
+
+    /// A handle to the pages of the first `tokens` tokens of a lane, or of all that it has if they are fewer; of these the
+    /// pages that are full. They stay as they are for as long as the handle lives, whatever becomes of this session.
+    pub fn share_prefix(&self, lane: u32, tokens: usize) -> SharedPages {
+        let full = tokens.min(self.end(lane)) / PAGE_TOKENS;
+        let pages = self.table.pages(lane)[..full].to_vec();
+        self.desk.lock().pages.share(&pages);
+        SharedPages { desk: self.desk.clone(), blocks: self.blocks(), pages }
+    }
+
+    /// Makes `lane` begin with a prefix that another session has computed: it holds these tokens, and nothing else.
+    ///
+    /// Whether the prefix is right for this session is for the caller to know: it must be of the same token ids, in the
+    /// same wire dtype, with positions taken for the same length where they depend on one, and from the same inputs:
+    /// a span's keys depend on all blocks in front of it.
+    ///
+    /// # Errors
+    /// The pages are another engine's, or of other blocks. The lane stays as it was.
+    pub fn adopt(&mut self, lane: u32, prefix: &SharedPages) -> Result<(), AdoptError> {
+        if !Arc::ptr_eq(&self.desk, &prefix.desk) {
+            return Err(AdoptError::OtherEngine);
+        }
+        if self.blocks.start < prefix.blocks.start || prefix.blocks.end < self.blocks.end {
+            return Err(AdoptError::OtherBlocks { held: prefix.blocks.clone(), wanted: self.blocks() });
+        }
+        let superfluous = self.table.adopt(lane, &prefix.pages, &mut self.desk.lock().pages);
+        self.desk.give_back(superfluous);
+        Ok(())
     }
 }
 
@@ -56,6 +106,56 @@ impl Drop for Cache {
     fn drop(&mut self) {
         self.desk.give_back(self.table.clear());
     }
+}
+
+/// Pages with a prefix of some session's lane, kept for others. Dropping it gives the pages back.
+pub struct SharedPages {
+    desk: Arc<Desk>,
+    blocks: Range<usize>,
+    pages: Vec<PageId>,
+}
+
+impl SharedPages {
+    /// Tokens that the pages hold.
+    pub fn tokens(&self) -> usize {
+        self.pages.len() * PAGE_TOKENS
+    }
+
+    /// The blocks whose keys and values they hold.
+    pub fn blocks(&self) -> Range<usize> {
+        self.blocks.clone()
+    }
+}
+
+impl fmt::Debug for SharedPages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SharedPages").field("blocks", &self.blocks).field("pages", &self.pages).finish_non_exhaustive()
+    }
+}
+
+impl Drop for SharedPages {
+    fn drop(&mut self) {
+        self.desk.give_back(self.pages.drain(..));
+    }
+}
+
+/// Why a session can't take over a prefix.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AdoptError {
+    /// Pages lie in one engine.
+    #[error("the prefix's pages belong to another engine: only sessions of the engine that computed them can use them")]
+    OtherEngine,
+    /// The session runs through blocks that the prefix didn't.
+    #[error(
+        "the prefix holds keys and values of blocks {}:{}, and the session runs through {}:{}",
+        held.start, held.end, wanted.start, wanted.end
+    )]
+    OtherBlocks {
+        /// What the prefix holds.
+        held: Range<usize>,
+        /// What the session needs.
+        wanted: Range<usize>,
+    },
 }
 
 /// Where steps are handed in, and where the pages are kept.
@@ -117,9 +217,13 @@ impl Desk {
         }
     }
 
+    /// Takes back one reference to each of `pages`.
     pub(super) fn give_back(&self, pages: impl IntoIterator<Item = PageId>) {
-        self.lock().pages.give_back(pages);
-        self.notify();
+        let mut pages = pages.into_iter().peekable();
+        if pages.peek().is_some() {
+            self.lock().pages.give_back(pages);
+            self.notify();
+        }
     }
 
     pub(super) fn count(&self, rows: usize) {
@@ -127,3 +231,6 @@ impl Desk {
         self.tokens.fetch_add(rows as u64, Ordering::Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests;

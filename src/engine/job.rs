@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{cache::Cache, hidden::HiddenStates, pages::LaneRun};
+use super::{cache::Cache, hidden::HiddenStates, lanes::LaneRun};
 
 /// One step of one session: rows to run through the session's blocks.
 pub struct Job {

@@ -6,6 +6,7 @@ use super::{
     attention::RowRun,
     block::{Batch, Block},
     hidden::HiddenStates,
+    lanes::PageCopy,
     load::{LoadError, Source},
     pages::PageId,
     planes::KvPlanes,
@@ -45,6 +46,8 @@ pub(super) struct Segment<'a> {
     pub(super) wire: Dtype,
     /// The rows by lane.
     pub(super) pieces: Vec<Piece<'a>>,
+    /// Pages to be copied before anything is written.
+    pub(super) copies: &'a [PageCopy],
     /// The rows are these from `first` on.
     pub(super) hidden: &'a HiddenStates,
     pub(super) first: usize,
@@ -113,6 +116,7 @@ impl Span {
 
     /// Runs the segments, which may cover different blocks, together wherever they meet.
     pub(super) fn run(&mut self, segments: &[Segment<'_>]) -> Vec<Outcome> {
+        self.copy_pages(segments);
         let hidden = self.hidden;
         let mut places = Vec::with_capacity(segments.len());
         let mut end = 0;
@@ -172,6 +176,16 @@ impl Span {
     /// Rows of the last pass.
     pub(super) fn states(&self, place: Range<usize>) -> &[f32] {
         &self.states[place]
+    }
+
+    fn copy_pages(&mut self, segments: &[Segment<'_>]) {
+        for segment in segments {
+            for PageCopy { from, to } in segment.copies {
+                for block in segment.blocks.clone() {
+                    self.blocks[block - self.first].cache.copy_page(*from, *to);
+                }
+            }
+        }
     }
 }
 

@@ -383,3 +383,87 @@ fn closing_the_engine_answers_what_waits() {
     assert_eq!(waiting.recv_timeout(PATIENCE).unwrap().1.unwrap_err(), StepError::Cancelled);
     drop(holder);
 }
+
+/// What steps give, one after another.
+fn outputs(engine: &Engine, mut cache: Cache, steps: &[Vec<LaneRun>]) -> (Cache, Vec<bytes::Bytes>) {
+    let mut outputs = Vec::new();
+    for lanes in steps {
+        let (back, result) = step(engine, cache, lanes);
+        cache = back;
+        outputs.push(result.unwrap().hidden.bytes);
+    }
+    (cache, outputs)
+}
+
+#[test]
+fn copied_lanes_give_what_lanes_of_their_own_give() {
+    for batch_tokens in [4, 512] {
+        let engine = load(EngineOptions { batch_tokens, ..options(0..3) });
+        let alone = |steps: &[Vec<LaneRun>]| outputs(&engine, session(&engine, 40), steps).1;
+        let (grown, back) = ([vec![run(0, 40, 9)]], [vec![run(0, 21, 12)]]);
+        let (grown, back) = (alone(&grown), alone(&back));
+
+        let mut cache = session(&engine, 40);
+        cache.copy_lane(0, 1);
+        cache.copy_lanes(&[(1, 2), (0, 3)]);
+        assert_eq!((cache.reserved_tokens(), cache.end(3)), (48, 40));
+        // One lane goes on, one goes back, and two go on in one step; all of them wrote to one page.
+        let (cache, found) = outputs(&engine, cache, &[vec![run(1, 40, 9)], vec![run(2, 21, 12)]]);
+        assert_eq!([&found[0], &found[1]], [&grown[0], &back[0]]);
+        let (mut both, answers) = job(cache, &[run(0, 40, 9), run(3, 40, 9)]);
+        both.hidden = HiddenStates { rows: 18, bytes: [&rows(9).bytes[..], &rows(9).bytes].concat().into(), ..rows(1) };
+        engine.submit(both);
+        let (mut cache, result) = answers.recv_timeout(PATIENCE).unwrap();
+        assert_eq!(result.unwrap().hidden.bytes, [&grown[0][..], &grown[0]].concat());
+
+        cache.drop_lane(1);
+        cache.drop_lane(2);
+        let prefix = cache.share_prefix(3, 39);
+        drop(cache);
+        assert_eq!((prefix.tokens(), engine.load_now().cache_tokens_left), (32, 512 - 32));
+        let mut cache = engine.cache(0..2).unwrap();
+        cache.adopt(5, &prefix).unwrap();
+        drop(prefix);
+        drop(cache);
+        assert_eq!(engine.load_now().cache_tokens_left, 512);
+    }
+}
+
+#[test]
+fn a_session_goes_on_behind_another_ones_prefix() {
+    let engine = load(options(0..3));
+    let (_, whole) = outputs(&engine, engine.cache(0..3).unwrap(), &[vec![run(0, 0, 40)]]);
+    let prefix = session(&engine, 40).share_prefix(0, 40);
+    let mut cache = engine.cache(0..3).unwrap();
+    cache.adopt(0, &prefix).unwrap();
+    // The rest of the same rows; then back into the shared pages, which stay as they are for the next session.
+    for _ in 0..2 {
+        let (mut rest, answers) = job(cache, &[run(0, 20, 20)]);
+        rest.hidden = rows(40).slice(20..40);
+        engine.submit(rest);
+        let (back, result) = answers.recv_timeout(PATIENCE).unwrap();
+        assert_eq!(result.unwrap().hidden.bytes, whole[0][20 * 256..]);
+        drop(back);
+        cache = engine.cache(0..3).unwrap();
+        cache.adopt(0, &prefix).unwrap();
+    }
+}
+
+#[test]
+fn a_step_that_never_begins_leaves_what_its_lane_shares() {
+    let engine = load(options(0..2));
+    let mut cache = session(&engine, 24);
+    cache.copy_lane(0, 1);
+    let go_on = hold_up(&engine);
+    let (unwanted, answers) = job(cache, &[run(1, 20, 2)]);
+    let cancelled = unwanted.cancelled.clone();
+    engine.submit(unwanted);
+    cancelled.store(true, Ordering::Relaxed);
+    go_on.send(()).unwrap();
+    let (cache, result) = answers.recv_timeout(PATIENCE).unwrap();
+    assert_eq!(result.unwrap_err(), StepError::Cancelled);
+    assert_eq!((cache.end(0), cache.end(1), cache.reserved_tokens()), (24, 24, 32));
+    let (_, result) = step(&engine, cache, &[run(0, 24, 20), run(1, 20, 2)]);
+    result.unwrap();
+    assert_eq!(engine.load_now().cache_tokens_left, 512);
+}
