@@ -33,7 +33,9 @@
 //!
 //! # Threads
 //!
-//! One thread runs the batcher and the passes. It belongs to a pool with a thread for each core, or as many as are asked for, of which large products
+//! One thread runs the batcher and the passes. It shares them between sessions that decode and prompts, so that the former never
+//! wait for long, and between owners, so that nobody gets more by opening more sessions (`engine/schedule.rs`). It belongs to a pool
+//! with a thread for each core, or as many as are asked for, of which large products
 //! use the others; a small model's step never leaves its thread.
 
 mod alibi;
@@ -65,19 +67,14 @@ pub mod speed;
 mod tensor;
 mod threads;
 
-use std::{
-    collections::BTreeSet,
-    ops::Range,
-    sync::{Arc, atomic::Ordering},
-    time::Instant,
-};
+use std::{collections::BTreeSet, ops::Range, sync::Arc, time::Instant};
 
 use batcher::Batcher;
 pub use cache::{AdoptError, Cache, SharedPages};
 use cache::{Desk, Pending};
 pub use edges::{EdgeError, Edges, EdgesOptions};
 pub use hidden::{HiddenStates, WrongLength};
-pub use job::{Job, Keep, Place, StepError, StepOutput};
+pub use job::{Job, Keep, Owner, Place, StepError, StepOutput};
 pub use lanes::LaneRun;
 pub use load::LoadError;
 use load::{Loaded, Source};
@@ -126,9 +123,9 @@ pub struct EngineOptions {
     pub device: DeviceChoice,
     /// Size of the KV cache, over all sessions; rounded down to whole pages.
     pub cache_tokens: usize,
-    /// Rows of one pass. Fewer keep decode steps from waiting for prompts, more use the weights better.
+    /// Rows of one pass, at most: while sessions decode, prompts get no more than what keeps a pass short.
     pub batch_tokens: usize,
-    /// Jobs that may wait. Each holds its hidden states, so this bounds memory, too.
+    /// Jobs that may wait, half of them of one owner. Each holds its hidden states, so this bounds memory, too.
     pub queue: usize,
     /// Threads that compute, from 1 to [`MAX_THREADS`]; `None`: one a core. Results don't depend on it.
     pub threads: Option<usize>,
@@ -269,11 +266,10 @@ impl Engine {
             return batcher::refuse(job, error);
         }
         let mut state = self.shared.desk.lock();
-        if state.queued >= self.shared.queue {
+        if let Err(error) = state.enter(job.cache.owner, self.shared.queue) {
             drop(state);
-            return batcher::refuse(job, StepError::QueueFull { limit: self.shared.queue });
+            return batcher::refuse(job, error);
         }
-        state.queued += 1;
         state.arrivals.push_back(Pending { job, submitted, starved: false });
         drop(state);
         self.shared.desk.notify();
@@ -281,15 +277,14 @@ impl Engine {
 
     /// How busy the engine is now.
     pub fn load_now(&self) -> EngineLoad {
-        let desk = &self.shared.desk;
-        let state = desk.lock();
+        let state = self.shared.desk.lock();
         EngineLoad {
             cache_tokens_left: state.pages.free() * PAGE_TOKENS,
             cache_tokens_total: state.pages.total() * PAGE_TOKENS,
             cache_tokens_shared: state.pages.shared() * PAGE_TOKENS,
             queue: state.queued,
-            steps: desk.steps.load(Ordering::Relaxed),
-            tokens: desk.tokens.load(Ordering::Relaxed),
+            steps: state.counts.steps,
+            tokens: state.counts.tokens,
         }
     }
 

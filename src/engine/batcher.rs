@@ -18,17 +18,19 @@ use super::{
     lanes::{LaneRun, PageCopy},
     pages::{Claim, PAGE_TOKENS},
     pass::{NonFinite, Outcome, Piece, Segment, Span},
-    schedule,
+    schedule::{Demand, PassRows, Schedule, Share},
 };
 
 /// How often a step that waits for pages is asked whether it is still wanted; nobody rings when it isn't.
 const CANCEL_CHECK: Duration = Duration::from_millis(100);
 
+/// A step with no more tokens in each of its lanes is short: a decode token, or a speculative run.
+const SHORT_TOKENS: usize = 8;
+
 pub(super) struct Batcher {
     desk: Arc<Desk>,
     span: Span,
-    /// Rows of one pass.
-    budget: usize,
+    schedule: Schedule,
     /// Steps that have no pages yet.
     waiting: VecDeque<Pending>,
     /// Steps that have all their pages.
@@ -51,16 +53,19 @@ struct Active {
 }
 
 impl Batcher {
+    /// A batcher with passes of at most `budget` rows.
     pub(super) fn new(desk: Arc<Desk>, span: Span, budget: usize) -> Self {
-        Self { desk, span, budget, waiting: VecDeque::new(), ready: Vec::new() }
+        Self { desk, span, schedule: Schedule::new(budget), waiting: VecDeque::new(), ready: Vec::new() }
     }
 
     /// Works until the engine is closed.
     pub(super) fn run(mut self) {
         while self.fetch() {
             self.discard();
-            let left: Vec<usize> = self.ready.iter().map(Active::rows_left).collect();
-            let shares = schedule::divide(&left, self.budget);
+            let demands: Vec<Demand> = self.ready.iter().map(Active::demand).collect();
+            let is_ready = |session| self.ready.iter().any(|active| active.job.cache.number == session);
+            let others_decode = self.desk.lock().decodes_besides(is_ready, Instant::now());
+            let shares = self.schedule.divide(&demands, others_decode);
             if !shares.is_empty() {
                 self.pass(&shares);
             }
@@ -148,7 +153,7 @@ impl Batcher {
                 } else {
                     StepError::Deadline
                 };
-                self.desk.lock().queued -= 1;
+                self.desk.lock().leave(pending.job.cache.owner);
                 refuse(pending.job, error);
             } else {
                 index += 1;
@@ -158,20 +163,20 @@ impl Batcher {
             |active: &mut Active| is_cancelled(&active.job) || (active.began.is_none() && active.job.deadline <= now);
         for active in self.ready.extract_if(.., stale) {
             if active.began.is_none() {
-                self.desk.lock().queued -= 1;
+                self.desk.lock().leave(active.job.cache.owner);
             }
             let error = if is_cancelled(&active.job) { StepError::Cancelled } else { StepError::Deadline };
             active.give_up(error);
         }
     }
 
-    fn pass(&mut self, shares: &[schedule::Share]) {
+    fn pass(&mut self, shares: &[Share]) {
         let began = Instant::now();
         for share in shares {
             let active = &mut self.ready[share.step];
             if active.began.is_none() {
                 active.began = Some(began);
-                self.desk.lock().queued -= 1;
+                self.desk.lock().leave(active.job.cache.owner);
             }
         }
         let segments: Vec<Segment<'_>> =
@@ -182,7 +187,10 @@ impl Batcher {
         for share in shares {
             self.ready[share.step].copies.clear();
         }
-        let took = began.elapsed();
+        let ended = Instant::now();
+        let took = ended - began;
+        let rows = PassRows::of(shares.iter().map(|share| (self.ready[share.step].is_short(), share.rows)));
+        self.schedule.ran(rows, took, ended);
         let results: Vec<Result<Outcome, String>> = match outcomes {
             Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
             Err(panic) => {
@@ -220,9 +228,16 @@ impl Batcher {
         if let Some(error) = error {
             return active.give_up(error);
         }
+        let is_short = active.is_short();
         let Active { mut job, submitted, began, output, computed, .. } = active;
         self.desk.give_back(job.cache.table.commit(&job.lanes));
-        self.desk.count(job.hidden.rows);
+        let mut state = self.desk.lock();
+        state.counts.steps += 1;
+        state.counts.tokens += job.hidden.rows as u64;
+        if is_short {
+            state.decoded(job.cache.number, Instant::now());
+        }
+        drop(state);
         let HiddenStates { dtype, hidden, .. } = job.hidden;
         let rows = output.len() / (hidden * dtype.size_in_bytes());
         let queued = began.map_or(Duration::ZERO, |began| began - submitted);
@@ -234,6 +249,15 @@ impl Batcher {
 impl Active {
     fn rows_left(&self) -> usize {
         self.job.hidden.rows - self.done
+    }
+
+    fn is_short(&self) -> bool {
+        self.job.lanes.iter().all(|run| run.tokens <= SHORT_TOKENS)
+    }
+
+    fn demand(&self) -> Demand {
+        let (owner, arrived) = (self.job.cache.owner, self.submitted);
+        Demand { rows: self.rows_left(), owner, is_short: self.is_short(), arrived }
     }
 
     /// Answers that the step failed.

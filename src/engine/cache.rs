@@ -1,18 +1,18 @@
 //! A session's KV cache, and the desk where sessions and the batcher meet.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     fmt,
     ops::Range,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use super::{
-    job::Job,
+    job::{Job, Owner, StepError},
     lanes::LaneTable,
     pages::{PAGE_TOKENS, PageId, PagePool},
 };
@@ -25,12 +25,22 @@ use super::{
 pub struct Cache {
     pub(super) desk: Arc<Desk>,
     pub(super) table: LaneTable,
+    pub(super) owner: Owner,
+    /// Of the session.
+    pub(super) number: u64,
     blocks: Range<usize>,
 }
 
 impl Cache {
     pub(super) fn new(desk: Arc<Desk>, blocks: Range<usize>) -> Self {
-        Self { desk, table: LaneTable::default(), blocks }
+        let number = desk.sessions.fetch_add(1, Ordering::Relaxed);
+        Self { desk, table: LaneTable::default(), owner: Owner::default(), number, blocks }
+    }
+
+    /// The same cache, of a session that belongs to `owner`.
+    pub fn owned_by(mut self, owner: Owner) -> Self {
+        self.owner = owner;
+        self
     }
 
     /// The blocks that the session's steps run through.
@@ -104,6 +114,7 @@ impl fmt::Debug for Cache {
 
 impl Drop for Cache {
     fn drop(&mut self) {
+        self.desk.lock().decoding.remove(&self.number);
         self.desk.give_back(self.table.clear());
     }
 }
@@ -163,11 +174,15 @@ pub(super) struct Desk {
     state: Mutex<DeskState>,
     /// Something changed that the batcher may be waiting for.
     changed: Condvar,
-    /// Steps that were computed.
-    pub(super) steps: AtomicU64,
-    /// Rows of these.
-    pub(super) tokens: AtomicU64,
+    /// How many there were.
+    sessions: AtomicU64,
 }
+
+/// A session that has decoded is expected to go on for so long: a token goes round a swarm in less, as a rule.
+const NEXT_TOKEN: Duration = Duration::from_secs(2);
+
+/// One owner may have this part of the steps that may wait.
+const OWNERS_SHARE: usize = 2;
 
 pub(super) struct DeskState {
     /// Steps that the batcher hasn't seen yet.
@@ -175,8 +190,61 @@ pub(super) struct DeskState {
     pub(super) pages: PagePool,
     /// Steps that haven't begun; never more than the engine's limit, which bounds `arrivals`, too.
     pub(super) queued: usize,
+    /// Of each owner that has any.
+    queued_by: BTreeMap<Owner, usize>,
+    /// When sessions had their last short step.
+    decoding: BTreeMap<u64, Instant>,
+    pub(super) counts: Counts,
     /// The last handle of the engine is gone.
     pub(super) closed: bool,
+}
+
+/// What was done since the start.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Counts {
+    /// Steps that were computed.
+    pub(super) steps: u64,
+    /// Rows of these.
+    pub(super) tokens: u64,
+}
+
+impl DeskState {
+    /// Counts a step that waits, where `limit` may.
+    pub(super) fn enter(&mut self, owner: Owner, limit: usize) -> Result<(), StepError> {
+        let of_owner = self.queued_by.get(&owner).copied().unwrap_or(0);
+        let share = limit.div_ceil(OWNERS_SHARE);
+        if self.queued >= limit {
+            return Err(StepError::QueueFull { limit });
+        }
+        if of_owner >= share {
+            return Err(StepError::QueueFull { limit: share });
+        }
+        self.queued += 1;
+        self.queued_by.insert(owner, of_owner + 1);
+        Ok(())
+    }
+
+    /// A step that waited was begun, or is given up.
+    pub(super) fn leave(&mut self, owner: Owner) {
+        self.queued -= 1;
+        if let Some(count) = self.queued_by.get_mut(&owner) {
+            *count -= 1;
+            if *count == 0 {
+                self.queued_by.remove(&owner);
+            }
+        }
+    }
+
+    /// A session had a short step.
+    pub(super) fn decoded(&mut self, session: u64, now: Instant) {
+        self.decoding.insert(session, now);
+    }
+
+    /// Whether a session will want to decode soon that isn't one of `others`.
+    pub(super) fn decodes_besides(&mut self, others: impl Fn(u64) -> bool, now: Instant) -> bool {
+        self.decoding.retain(|_, last| now.saturating_duration_since(*last) < NEXT_TOKEN);
+        self.decoding.keys().any(|session| !others(*session))
+    }
 }
 
 /// A step that hasn't begun.
@@ -189,8 +257,16 @@ pub(super) struct Pending {
 
 impl Desk {
     pub(super) fn new(pages: u32) -> Self {
-        let state = DeskState { arrivals: VecDeque::new(), pages: PagePool::new(pages), queued: 0, closed: false };
-        Self { state: Mutex::new(state), changed: Condvar::new(), steps: AtomicU64::new(0), tokens: AtomicU64::new(0) }
+        let state = DeskState {
+            arrivals: VecDeque::new(),
+            pages: PagePool::new(pages),
+            queued: 0,
+            queued_by: BTreeMap::new(),
+            decoding: BTreeMap::new(),
+            counts: Counts::default(),
+            closed: false,
+        };
+        Self { state: Mutex::new(state), changed: Condvar::new(), sessions: AtomicU64::new(0) }
     }
 
     /// The state. Nothing that holds the lock can panic half-way through a change, so a poisoned one is as good.
@@ -224,11 +300,6 @@ impl Desk {
             self.lock().pages.give_back(pages);
             self.notify();
         }
-    }
-
-    pub(super) fn count(&self, rows: usize) {
-        self.steps.fetch_add(1, Ordering::Relaxed);
-        self.tokens.fetch_add(rows as u64, Ordering::Relaxed);
     }
 }
 

@@ -2,12 +2,27 @@
 
 use std::{
     fmt,
+    hash::{DefaultHasher, Hash, Hasher},
     ops::Range,
     sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant},
 };
 
 use super::{cache::Cache, hidden::HiddenStates, lanes::LaneRun};
+
+/// Whom sessions belong to: a node's clients, for example. The engine shares its time between owners, however many sessions
+/// each of them has. The default is the process itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Owner(u64);
+
+impl Owner {
+    /// The owner with this name.
+    pub fn of(name: &impl Hash) -> Self {
+        let mut hasher = DefaultHasher::new();
+        name.hash(&mut hasher);
+        Self(hasher.finish())
+    }
+}
 
 /// One step of one session: rows to run through the session's blocks.
 pub struct Job {
@@ -95,7 +110,7 @@ pub enum StepError {
     /// Too many jobs are waiting.
     #[error("{limit} steps are waiting already: try again later or elsewhere")]
     QueueFull {
-        /// How many may wait.
+        /// How many may wait; of one owner, where that is the limit that was met.
         limit: usize,
     },
     /// The deadline came before the step's turn.

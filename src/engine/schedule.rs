@@ -1,15 +1,53 @@
-//! Which rows run in the next pass. Plain data: the steps that are ready go in, their shares come out.
+//! Which rows run in the next pass. Plain data: the steps that are ready go in, their shares come out; how long passes took
+//! is told from outside.
 //!
-//! A pass takes at most a budget of rows. Steps are served in the order in which they came, with two exceptions that
-//! keep short and long ones from waiting for each other: a long step (a prompt) is cut, since the results don't
-//! depend on where, and while long and short steps are both waiting, each kind may take half of the budget before the
-//! other gets what is left.
+//! A pass takes at most a budget of rows. Short steps (decode tokens and speculative runs) want to be through soon; long
+//! ones (prompts) are cut, since the results don't depend on where, and share what is left.
+//!
+//! # The decode gap
+//!
+//! A session that decodes never waits longer for its next token than **two of its own steps and one chunk** of somebody's prompt:
+//!
+//! - While somebody decodes, a chunk is so small that its pass takes a stated time (see [`Pace`]). Somebody decodes if a
+//!   short step is ready, and also while one is on its way round the swarm and about to come back.
+//! - A short step that arrived while a chunk was being computed is not made to wait for a second one: prompts sit out the
+//!   next pass. So it sees the rest of a pass with a chunk and one without; or, if it arrived during one without,
+//!   the rest of that and one with a chunk. Prompts get every second pass at least.
+//!
+//! This holds while the short steps fit into half of the budget, which they get before prompts have more than the other half.
+//!
+//! # Owners
+//!
+//! Rows are shared between owners (peers), not between steps: whoever has had the fewest is next, and of one owner's steps the
+//! oldest is. So one with twenty sessions gets no more than one with a single session, if both want more than there
+//! is. An owner that got all it wanted has no claim to more later.
 
-/// Steps with at most this share of the budget left are short: `budget / 8`, decode tokens and speculative runs.
-const SHORT_SHARE: usize = 8;
+mod pace;
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use self::pace::{MIN_CHUNK, Pace};
+use super::job::Owner;
 
 /// With less than a row for each kind one of them could wait for ever.
 const MIN_BUDGET: usize = 2;
+
+/// Rows that an owner gets before the next one's turn. A prompt in finer pieces would only cost more bookkeeping.
+const TURN_ROWS: usize = 16;
+
+/// A step that is ready.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Demand {
+    /// Rows that it has to go.
+    pub(super) rows: usize,
+    pub(super) owner: Owner,
+    /// A few tokens in each lane, not a prompt.
+    pub(super) is_short: bool,
+    pub(super) arrived: Instant,
+}
 
 /// Rows of one step that run in the next pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,100 +58,108 @@ pub(super) struct Share {
     pub(super) rows: usize,
 }
 
-/// Divides `budget` rows among steps that have `left[i]` rows to go, in the order in which they came.
-///
-/// Each step appears at most once, and the shares are in that order, too.
-pub(super) fn divide(left: &[usize], budget: usize) -> Vec<Share> {
-    let budget = budget.max(MIN_BUDGET);
-    let is_short = |rows: usize| rows <= (budget / SHORT_SHARE).max(1);
-    let demand = |short: bool| left.iter().filter(|rows| is_short(**rows) == short).sum::<usize>();
-    let (short_demand, long_demand) = (demand(true), demand(false));
-    // Half each; what one kind doesn't want, the other may have.
-    let short_budget = short_demand.min((budget / 2).max(budget.saturating_sub(long_demand)));
-    let mut budgets = [budget - short_budget, short_budget];
-    let mut shares = Vec::new();
-    for (step, rows) in left.iter().enumerate() {
-        let budget = &mut budgets[usize::from(is_short(*rows))];
-        let rows = (*rows).min(*budget);
-        if rows > 0 {
-            *budget -= rows;
-            shares.push(Share { step, rows });
+/// Rows of a pass by the kind of their steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct PassRows {
+    pub(super) short: usize,
+    pub(super) long: usize,
+}
+
+/// Divides passes. See the module's docs.
+#[derive(Debug)]
+pub(super) struct Schedule {
+    /// Rows of one pass.
+    budget: usize,
+    pace: Pace,
+    /// Rows that the owners had who wanted more.
+    served: BTreeMap<Owner, u64>,
+    /// When the last pass ended, if it had a part of a prompt.
+    chunk_ended: Option<Instant>,
+}
+
+impl Schedule {
+    pub(super) fn new(budget: usize) -> Self {
+        let budget = budget.max(MIN_BUDGET);
+        Self { budget, pace: Pace::default(), served: BTreeMap::new(), chunk_ended: None }
+    }
+
+    /// Divides the next pass among `demands`, which are in the order in which they came. `others_decode` says that a session that
+    /// isn't among them will want to decode soon.
+    ///
+    /// Each step appears at most once, and the shares are in that order, too. There is none only if there is no demand.
+    pub(super) fn divide(&mut self, demands: &[Demand], others_decode: bool) -> Vec<Share> {
+        let wanted = PassRows::of(demands.iter().map(|demand| (demand.is_short, demand.rows)));
+        let waited = demands.iter().any(|demand| demand.is_short && self.was_in_the_way(demand.arrived));
+        let long_wanted = if waited { 0 } else { wanted.long };
+        // Half each; what one kind doesn't want, the other may have.
+        let short = wanted.short.min((self.budget / 2).max(self.budget.saturating_sub(long_wanted)));
+        let mut long = long_wanted.min(self.budget - short);
+        if wanted.short > 0 || others_decode {
+            long = long.min(self.pace.pass_rows().saturating_sub(short).max(MIN_CHUNK));
+        }
+
+        let first = self.served.values().min().copied().unwrap_or(0);
+        for demand in demands {
+            self.served.entry(demand.owner).or_insert(first);
+        }
+        let mut given = vec![0; demands.len()];
+        self.give(demands, true, short, &mut given);
+        self.give(demands, false, long, &mut given);
+        let unserved: Vec<Owner> =
+            demands.iter().zip(&given).filter(|(demand, given)| demand.rows > **given).map(|(d, _)| d.owner).collect();
+        self.served.retain(|owner, _| unserved.contains(owner));
+        let shares = given.into_iter().enumerate().map(|(step, rows)| Share { step, rows });
+        shares.filter(|share| share.rows > 0).collect()
+    }
+
+    /// Gives `rows` rows to steps of one kind.
+    fn give(&mut self, demands: &[Demand], is_short: bool, mut rows: usize, given: &mut [usize]) {
+        // Of each owner, the steps that want more, the oldest last.
+        let mut steps: BTreeMap<Owner, Vec<usize>> = BTreeMap::new();
+        for (step, demand) in demands.iter().enumerate().rev().filter(|(_, demand)| demand.is_short == is_short) {
+            steps.entry(demand.owner).or_default().push(step);
+        }
+        while rows > 0 {
+            // The one that had the fewest rows; among equals the one whose step is the oldest.
+            let turn = |(owner, steps): (&Owner, &Vec<usize>)| Some((*self.served.get(owner)?, *steps.last()?, *owner));
+            let Some((_, step, owner)) = steps.iter().filter_map(turn).min() else { return };
+            let count = rows.min(TURN_ROWS).min(demands[step].rows - given[step]);
+            given[step] += count;
+            rows -= count;
+            *self.served.entry(owner).or_default() += count as u64;
+            if given[step] == demands[step].rows
+                && let Some(steps) = steps.get_mut(&owner)
+            {
+                steps.pop();
+            }
         }
     }
-    shares
+
+    /// Whether a part of a prompt was being computed when a step arrived, in the last pass.
+    pub(super) fn was_in_the_way(&self, arrived: Instant) -> bool {
+        self.chunk_ended.is_some_and(|ended| arrived < ended)
+    }
+
+    /// A pass with these rows took so long, until `ended`.
+    pub(super) fn ran(&mut self, rows: PassRows, took: Duration, ended: Instant) {
+        self.pace.ran(rows, took);
+        self.chunk_ended = (rows.long > 0).then_some(ended);
+    }
+}
+
+impl PassRows {
+    /// Adds up rows of short steps and of others.
+    pub(super) fn of(rows: impl Iterator<Item = (bool, usize)>) -> Self {
+        rows.fold(Self::default(), |mut sum, (is_short, rows)| {
+            *(if is_short { &mut sum.short } else { &mut sum.long }) += rows;
+            sum
+        })
+    }
+
+    pub(super) fn all(self) -> usize {
+        self.short + self.long
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn shares(left: &[usize], budget: usize) -> Vec<(usize, usize)> {
-        divide(left, budget).into_iter().map(|share| (share.step, share.rows)).collect()
-    }
-
-    #[test]
-    fn decode_steps_all_fit_and_a_prompt_gets_the_rest() {
-        assert_eq!(shares(&[1, 4096, 1, 1], 512), [(0, 1), (1, 509), (2, 1), (3, 1)]);
-    }
-
-    #[test]
-    fn prompts_are_served_in_order() {
-        assert_eq!(shares(&[300, 300, 300], 512), [(0, 300), (1, 212)]);
-    }
-
-    #[test]
-    fn many_short_steps_leave_half_to_a_prompt() {
-        let mut left = vec![1; 1000];
-        left.push(4096);
-        let shares = shares(&left, 512);
-        assert_eq!(shares.last(), Some(&(1000, 256)));
-        assert_eq!(shares.len(), 257);
-    }
-
-    #[test]
-    fn nothing_waits_for_nothing() {
-        assert!(shares(&[], 512).is_empty());
-        assert_eq!(shares(&[5], 0), [(0, 2)]);
-    }
-
-    proptest! {
-        #[test]
-        fn the_budget_is_used_up_and_kept(left in prop::collection::vec(1..900usize, 1..40), budget in 2..600usize) {
-            let shares = divide(&left, budget);
-            let total: usize = shares.iter().map(|share| share.rows).sum();
-            prop_assert_eq!(total, budget.min(left.iter().sum()));
-            prop_assert!(shares.iter().all(|share| share.rows > 0 && share.rows <= left[share.step]));
-            prop_assert!(shares.windows(2).all(|pair| pair[0].step < pair[1].step));
-        }
-
-        #[test]
-        fn every_step_gets_its_turn(left in prop::collection::vec(1..900usize, 1..40), budget in 2..600usize) {
-            let mut left = left;
-            let rounds = left.iter().sum::<usize>().div_ceil(budget);
-            for _ in 0..rounds {
-                let shares = divide(&left, budget);
-                for share in shares {
-                    left[share.step] -= share.rows;
-                }
-                left.retain(|rows| *rows > 0);
-            }
-            prop_assert!(left.is_empty());
-        }
-
-        #[test]
-        fn the_oldest_short_and_the_oldest_long_step_always_move(
-            left in prop::collection::vec(1..900usize, 1..40),
-            budget in 16..600usize,
-        ) {
-            let shares = divide(&left, budget);
-            let limit = (budget / SHORT_SHARE).max(1);
-            for short in [true, false] {
-                if let Some(oldest) = left.iter().position(|rows| (*rows <= limit) == short) {
-                    prop_assert!(shares.iter().any(|share| share.step == oldest));
-                }
-            }
-        }
-    }
-}
+mod tests;

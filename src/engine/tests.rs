@@ -4,7 +4,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     sync::{
-        atomic::AtomicBool,
+        atomic::{AtomicBool, Ordering},
         mpsc::{self, Receiver},
     },
     time::Duration,
@@ -278,7 +278,7 @@ fn hold_up(engine: &Engine) -> mpsc::SyncSender<()> {
 
 #[test]
 fn the_queue_is_bounded_and_late_steps_fail() {
-    let engine = load(EngineOptions { queue: 2, ..options(0..2) });
+    let engine = load(EngineOptions { queue: 3, ..options(0..2) });
     let go_on = hold_up(&engine);
     let (mut late, late_answers) = job(engine.cache(0..2).unwrap(), &[run(0, 0, 1)]);
     let deadline = Instant::now() + Duration::from_millis(5);
@@ -286,15 +286,21 @@ fn the_queue_is_bounded_and_late_steps_fail() {
     engine.submit(late);
     let kept = submit(&engine, engine.cache(0..2).unwrap(), &[run(0, 0, 1)]);
     assert_eq!(engine.load_now().queue, 2);
-    assert_eq!(refusal(&engine, |_| {}), StepError::QueueFull { limit: 2 });
+    assert_eq!(refusal(&engine, |_| {}), StepError::QueueFull { limit: 2 }, "an owner may fill no more than half");
+    let cache_of = |name| engine.cache(0..2).unwrap().owned_by(Owner::of(&name));
+    let third_answers = submit(&engine, cache_of("another"), &[run(0, 0, 1)]);
+    let everybody = refusal(&engine, |job| job.cache = cache_of("a third"));
+    assert_eq!(everybody, StepError::QueueFull { limit: 3 });
     while Instant::now() < deadline {
         std::thread::yield_now();
     }
     go_on.send(()).unwrap();
     let (cache, result) = late_answers.recv_timeout(PATIENCE).unwrap();
     assert_eq!((result.unwrap_err(), cache.reserved_tokens()), (StepError::Deadline, 0));
-    kept.recv_timeout(PATIENCE).unwrap().1.unwrap();
-    drop(cache);
+    for answers in [kept, third_answers] {
+        answers.recv_timeout(PATIENCE).unwrap().1.unwrap();
+    }
+    assert_eq!(engine.load_now().queue, 0);
 }
 
 #[test]

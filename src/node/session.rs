@@ -26,7 +26,7 @@ use super::{
     log::{Arrival, StepLog},
 };
 use crate::{
-    engine::{Cache, Engine, HiddenStates, Job, LaneRun, Place, StepError, StepOutput},
+    engine::{Cache, Engine, HiddenStates, Job, LaneRun, Owner, Place, StepError, StepOutput},
     swarm::{
         Frame, Link, SendError, clean,
         proto::{announcement, session as proto},
@@ -133,7 +133,7 @@ pub(crate) enum NotTaken {
 
 impl HopSession {
     pub(crate) fn new(ticket: Ticket, links: Links, means: Means, now: Instant) -> Result<Self, StepError> {
-        let cache = means.engine.cache(ticket.blocks.clone())?;
+        let cache = means.engine.cache(ticket.blocks.clone())?.owned_by(Owner::of(&ticket.client));
         Ok(Self {
             id: ticket.session,
             client: ticket.client,
