@@ -4,6 +4,9 @@
 //! softmax over exactly these, and their values added up in the same order. Rows are taken in tiles only so that a page
 //! which was widened once serves several. So the result of a row depends on nothing but its own lane.
 
+mod product;
+
+use product::{Matrices, product_f32};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -16,7 +19,6 @@ use super::{
     norm::Norm,
     pages::{PAGE_TOKENS, PageId},
     planes::{KvPlanes, Planes},
-    product::{Matrices, product_f32},
     rope::Angles,
     scratch::Scratch,
 };

@@ -56,9 +56,9 @@ impl Linear {
 
     /// `y = x · weightᵀ + bias`: from `[rows, inputs]` to `[rows, outputs]`.
     pub(super) fn forward(&self, x: &[f32], y: &mut Vec<f32>, room: &mut Room) {
-        let gathered = &mut room.gathered;
+        let mut gathered = std::mem::take(&mut room.gathered);
         gathered.resize_with(self.orders.len().max(gathered.len()), Vec::new);
-        for (order, gathered) in self.orders.iter().zip(&mut *gathered) {
+        for (order, gathered) in self.orders.iter().zip(&mut gathered) {
             gathered.clear();
             for row in x.chunks_exact(self.inputs) {
                 gathered.extend(order.iter().map(|column| row[*column as usize]));
@@ -66,7 +66,8 @@ impl Linear {
         }
         let rows_of = |part: &Part| part.order.map_or(x, |order| &gathered[order]);
         let operands: Vec<_> = self.parts.iter().map(|part| Operands { x: rows_of(part), w: &part.matrix }).collect();
-        products(&operands, y);
+        products(&operands, y, room);
+        room.gathered = gathered;
         if let Some(bias) = &self.bias {
             for row in y.chunks_exact_mut(self.outputs) {
                 row.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);

@@ -143,8 +143,7 @@ impl<'a> Source<'a> {
     /// A matrix, kept in what the options say.
     pub(super) fn matrix(&mut self, part: &LinearSpec) -> Result<Matrix, LoadError> {
         let matrix = self.convert(Matrix::new(&part.weight, self.checkpoint.matrix(part)?)?)?;
-        self.count(&matrix);
-        Ok(matrix)
+        Ok(self.packed(matrix))
     }
 
     /// The same, for a matrix that is perhaps too large to be held twice: if it has to be converted, some rows at a time.
@@ -168,15 +167,13 @@ impl<'a> Source<'a> {
             whole.extend(self.in_form(read(start)?)?)?;
         }
         let whole = self.convert(whole)?;
-        self.count(&whole);
-        Ok(whole)
+        Ok(self.packed(whole))
     }
 
     /// A matrix in the engine's dtype, whatever the other options say.
     pub(super) fn plain_matrix(&mut self, part: &LinearSpec) -> Result<Matrix, LoadError> {
         let matrix = self.in_dtype(Matrix::new(&part.weight, self.checkpoint.matrix(part)?)?);
-        self.count(&matrix);
-        Ok(matrix)
+        Ok(self.packed(matrix))
     }
 
     /// Matrix `index` of the tensor `name`, `[count, inputs, outputs]`, transposed.
@@ -184,8 +181,7 @@ impl<'a> Source<'a> {
         let data = self.checkpoint.read_rows(name, &shape, std::iter::once(index..index + 1))?;
         let data = tensor::transposed(&data, shape[1], shape[2]);
         let matrix = self.convert(Matrix::new(name, StoredMatrix::Floats(data))?)?;
-        self.count(&matrix);
-        Ok(matrix)
+        Ok(self.packed(matrix))
     }
 
     /// The matrices `name` in MXFP4, of which the checkpoint has numbers and scales apart: `count` of them.
@@ -202,8 +198,7 @@ impl<'a> Source<'a> {
             let columns = groups * MXFP4_GROUP;
             let matrix = BlockMatrix { format: BlockFormat::Mxfp4, rows: outputs, columns, bytes };
             let matrix = self.convert(Matrix::new(name, StoredMatrix::Blocks(matrix))?)?;
-            self.count(&matrix);
-            Ok(matrix)
+            Ok(self.packed(matrix))
         })
         .collect()
     }
@@ -231,6 +226,14 @@ impl<'a> Source<'a> {
 
     fn in_dtype(&self, matrix: Matrix) -> Matrix {
         if matrix.dtype() == Some(self.dtype) { matrix } else { matrix.to_dtype(self.dtype) }
+    }
+
+    /// Packs a matrix that has its final form, and counts its bytes.
+    fn packed(&mut self, mut matrix: Matrix) -> Matrix {
+        // In f32, results are those of the numbers as they are.
+        matrix.pack(self.dtype != Dtype::F32);
+        self.count(&matrix);
+        matrix
     }
 
     fn count(&mut self, matrix: &Matrix) {

@@ -48,13 +48,14 @@ mod k_blocks;
 use std::ops::Range;
 
 use half::{bf16, f16};
-use pulp::Arch;
+use pulp::{Arch, bytemuck};
 use rayon::prelude::*;
 
 use super::{
     floats,
+    kernels::{Layout, TILE},
     load::LoadError,
-    product::{Operands, products},
+    product::{Operands, Room, products},
 };
 use crate::model::{
     Dtype,
@@ -69,9 +70,11 @@ pub struct Matrix {
     outputs: usize,
     inputs: usize,
     values: Values,
+    /// How it is packed for the kernels; `None`: its numbers lie row by row.
+    layout: Option<Layout>,
 }
 
-/// Its numbers, row by row.
+/// Its numbers, row by row or in tiles.
 enum Values {
     F32(Vec<f32>),
     /// Little-endian, as in files: they are read straight into place.
@@ -103,13 +106,13 @@ impl Matrix {
             StoredMatrix::Fp8(matrix) => Values::Fp8(matrix),
             StoredMatrix::Grouped(matrix) => Values::Grouped(matrix),
         };
-        Ok(Self { outputs, inputs, values })
+        Ok(Self { outputs, inputs, values, layout: None })
     }
 
     /// A matrix of f32.
     #[cfg(test)]
     pub(super) fn from_f32(values: Vec<f32>, inputs: usize) -> Self {
-        Self { outputs: values.len() / inputs, inputs, values: Values::F32(values) }
+        Self { outputs: values.len() / inputs, inputs, values: Values::F32(values), layout: None }
     }
 
     /// Rows.
@@ -169,20 +172,95 @@ impl Matrix {
         }
     }
 
-    /// Whether [`Matrix::widen`] uses its scratch.
-    pub(super) fn widens(&self) -> bool {
-        !matches!(self.values, Values::F32(_))
-    }
-
     /// `x · selfᵀ` for `x` of `[rows, inputs]`: `[rows, outputs]`. Columns of `x` are taken in the matrix's own order.
     pub fn product(&self, x: &[f32]) -> Vec<f32> {
         let mut y = Vec::new();
-        products(&[Operands { x, w: self }], &mut y);
+        products(&[Operands { x, w: self }], &mut y, &mut Room::default());
         y
+    }
+
+    /// Packs it for the kernels, where they have a layout for its form and width. With blocks, products then round what it is
+    /// multiplied with, so an engine that must not round leaves these as they are: `rounds_rows` is false.
+    ///
+    /// A row that is packed takes as many bytes as before; the last tile is filled up with zeros.
+    pub fn pack(&mut self, rounds_rows: bool) {
+        let layout = match &self.values {
+            Values::F32(_) => Layout::of_floats(Dtype::F32),
+            Values::Bf16(_) => Layout::of_floats(Dtype::Bf16),
+            Values::F16(_) => Layout::of_floats(Dtype::F16),
+            Values::Blocks(format, _) => match Layout::of_blocks(*format) {
+                Some(layout) if rounds_rows => layout,
+                _ => return,
+            },
+            Values::Fp8(_) | Values::Grouped(_) => return,
+        };
+        if self.layout.is_some() || !layout.fits(self.inputs) {
+            return;
+        }
+        let rows = self.outputs.next_multiple_of(TILE);
+        match &mut self.values {
+            Values::F32(values) => {
+                values.reserve_exact(rows * self.inputs - values.len());
+                values.resize(rows * self.inputs, 0.0);
+                layout.pack_all(bytemuck::cast_slice_mut(values), self.inputs);
+            }
+            Values::Bf16(bytes) | Values::F16(bytes) | Values::Blocks(_, bytes) => {
+                let size = rows * layout.row_bytes(self.inputs);
+                bytes.reserve_exact(size - bytes.len());
+                bytes.resize(size, 0);
+                layout.pack_all(bytes, self.inputs);
+            }
+            Values::Fp8(_) | Values::Grouped(_) => {}
+        }
+        self.layout = Some(layout);
+    }
+
+    /// How it is packed.
+    pub(super) fn layout(&self) -> Option<Layout> {
+        self.layout
+    }
+
+    /// Some tiles of a packed matrix.
+    pub(super) fn tiles(&self, tiles: Range<usize>) -> &[u8] {
+        let all = match &self.values {
+            Values::F32(values) => bytemuck::cast_slice(values),
+            Values::Bf16(bytes) | Values::F16(bytes) | Values::Blocks(_, bytes) => bytes,
+            Values::Fp8(_) | Values::Grouped(_) => &[],
+        };
+        let size = self.layout.map_or(0, |layout| layout.row_bytes(self.inputs) * TILE);
+        &all[tiles.start * size..tiles.end * size]
+    }
+
+    /// Rows of a packed matrix, as they were before.
+    fn unpacked(&self, layout: Layout, rows: Range<usize>) -> Self {
+        let size = layout.row_bytes(self.inputs);
+        let mut bytes = vec![0; rows.len() * size];
+        for (row, bytes) in rows.clone().zip(bytes.chunks_exact_mut(size)) {
+            layout.unpack(self.tiles(row / TILE..row / TILE + 1), row % TILE, bytes);
+        }
+        let values = match &self.values {
+            Values::F32(_) => Values::F32(bytes.as_chunks().0.iter().map(|bytes| f32::from_ne_bytes(*bytes)).collect()),
+            Values::Bf16(_) => Values::Bf16(bytes),
+            Values::F16(_) => Values::F16(bytes),
+            Values::Blocks(format, _) => Values::Blocks(*format, bytes),
+            Values::Fp8(_) | Values::Grouped(_) => unreachable!("they have no layout"),
+        };
+        Self { outputs: rows.len(), inputs: self.inputs, values, layout: None }
     }
 
     /// Some rows as f32, `[rows, inputs]`: themselves, or widened into `scratch`, which has room for them.
     pub fn widen<'a>(&'a self, rows: Range<usize>, scratch: &'a mut [f32]) -> &'a [f32] {
+        if let Some(layout) = self.layout {
+            let (count, unpacked) = (rows.len() * self.inputs, self.unpacked(layout, rows));
+            let all = 0..unpacked.outputs;
+            match unpacked.values {
+                Values::F32(values) => scratch[..count].copy_from_slice(&values),
+                _ => {
+                    unpacked.widen(all, scratch);
+                }
+            }
+            return &scratch[..count];
+        }
         let numbers = rows.start * self.inputs..rows.end * self.inputs;
         let scratch = match &self.values {
             Values::F32(values) => return &values[numbers],
@@ -217,7 +295,7 @@ impl Matrix {
                 }
             })),
         };
-        Self { outputs: self.outputs, inputs: self.inputs, values }
+        Self { outputs: self.outputs, inputs: self.inputs, values, layout: None }
     }
 
     /// The same numbers, rounded to blocks of `format`, which is one that [`Quant`](crate::model::Quant) names and whose
@@ -235,7 +313,10 @@ impl Matrix {
         });
         match failed.into_inner() {
             Some(error) => Err(error.into()),
-            None => Ok(Self { outputs: self.outputs, inputs: self.inputs, values: Values::Blocks(format, bytes) }),
+            None => {
+                let values = Values::Blocks(format, bytes);
+                Ok(Self { outputs: self.outputs, inputs: self.inputs, values, layout: None })
+            }
         }
     }
 

@@ -1,0 +1,290 @@
+//! The kernels' operations on AVX2 with fused multiply-add and F16C: 16 lanes are two registers.
+
+use std::arch::x86_64::{__m128i, __m256, __m256i, _mm256_cvtph_ps};
+
+use pulp::{cast, x86::V3};
+
+use super::{Isa, Kernel, tiles::TILE};
+
+/// The machine has these instructions.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::engine) struct Avx2(V3);
+
+/// Both halves of something.
+#[inline(always)]
+fn halves<const N: usize, const H: usize>(bytes: &[u8; N]) -> [&[u8; H]; 2] {
+    const { assert!(2 * H == N) };
+    let halves = bytes.as_chunks::<H>().0;
+    [&halves[0], &halves[1]]
+}
+
+impl Avx2 {
+    pub(super) fn detect() -> Option<Self> {
+        // The token has all but one of the instruction sets.
+        V3::try_new().filter(|_| is_x86_feature_detected!("f16c")).map(Self)
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
+        fn on<K: Kernel>(isa: Avx2, kernel: K) -> K::Output {
+            kernel.on(isa)
+        }
+        // SAFETY: the machine has all of these, since there is an `Avx2`, and only `detect` makes one.
+        unsafe { on(self, kernel) }
+    }
+
+    #[allow(unsafe_code)]
+    #[inline(always)]
+    fn widen(self, halves: __m128i) -> __m256 {
+        // SAFETY: the machine has F16C, since there is an `Avx2`, and only `detect` makes one.
+        unsafe { _mm256_cvtph_ps(halves) }
+    }
+
+    #[inline(always)]
+    fn words(self, bytes: &[u8; 4 * TILE]) -> [__m256i; 2] {
+        let [a, b] = halves::<64, 32>(bytes);
+        [cast(*a), cast(*b)]
+    }
+
+    /// One f16 of each pair.
+    #[inline(always)]
+    fn half_of_pairs(self, pairs: __m256i, which: usize) -> __m256 {
+        let avx2 = self.0.avx2;
+        // The first of each pair to the lower half of its 128 bits, the second to the upper one; then the four halves in order.
+        let places = self.0.avx._mm256_setr_epi8(
+            0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,
+        );
+        let sorted = avx2._mm256_permute4x64_epi64::<0b11_01_10_00>(avx2._mm256_shuffle_epi8(pairs, places));
+        if which == 0 {
+            self.widen(self.0.avx._mm256_castsi256_si128(sorted))
+        } else {
+            self.widen(avx2._mm256_extracti128_si256::<1>(sorted))
+        }
+    }
+
+    #[inline(always)]
+    fn row(self, row: [i8; 4]) -> __m256i {
+        self.0.avx._mm256_set1_epi32(cast(row))
+    }
+}
+
+impl Isa for Avx2 {
+    const IS_WIDE: bool = false;
+    type F = [__m256; 2];
+    type I = [__m256i; 2];
+    type B = [__m256i; 2];
+    type S = [__m256i; 2];
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::F {
+        [self.0.avx._mm256_set1_ps(value); 2]
+    }
+
+    #[inline(always)]
+    fn load(self, values: &[f32; TILE]) -> Self::F {
+        let [a, b] = *values.as_chunks::<8>().0 else { unreachable!("16 are twice 8") };
+        [cast(a), cast(b)]
+    }
+
+    #[inline(always)]
+    fn store(self, values: Self::F, to: &mut [f32; TILE]) {
+        let to = to.as_chunks_mut::<8>().0;
+        to[0] = cast(values[0]);
+        to[1] = cast(values[1]);
+    }
+
+    #[inline(always)]
+    fn transpose(self, rows: [&[f32; 8]; 8], at: usize, to: &mut [[f32; TILE]; 8]) {
+        transpose(self.0, rows, at, to);
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        [self.0.avx._mm256_mul_ps(a[0], b[0]), self.0.avx._mm256_mul_ps(a[1], b[1])]
+    }
+
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        [self.0.fma._mm256_fmadd_ps(a[0], b[0], c[0]), self.0.fma._mm256_fmadd_ps(a[1], b[1], c[1])]
+    }
+
+    #[inline(always)]
+    fn brains(self, pairs: &[u8; 4 * TILE], which: usize) -> Self::F {
+        let [a, b] = self.words(pairs);
+        let avx2 = self.0.avx2;
+        if which == 0 {
+            [cast(avx2._mm256_slli_epi32::<16>(a)), cast(avx2._mm256_slli_epi32::<16>(b))]
+        } else {
+            let upper = self.0.avx._mm256_set1_epi32(0xFFFF_0000_u32.cast_signed());
+            [cast(avx2._mm256_and_si256(a, upper)), cast(avx2._mm256_and_si256(b, upper))]
+        }
+    }
+
+    #[inline(always)]
+    fn halves(self, pairs: &[u8; 4 * TILE], which: usize) -> Self::F {
+        let [a, b] = self.words(pairs);
+        [self.half_of_pairs(a, which), self.half_of_pairs(b, which)]
+    }
+
+    #[inline(always)]
+    fn scales(self, bytes: &[u8; 2 * TILE]) -> Self::F {
+        let [a, b] = halves::<32, 16>(bytes);
+        [self.widen(cast(*a)), self.widen(cast(*b))]
+    }
+
+    #[inline(always)]
+    fn unsigned(self, bytes: &[u8; TILE]) -> Self::F {
+        let (a, b) = eights(bytes);
+        let avx2 = self.0.avx2;
+        self.to_f32([avx2._mm256_cvtepu8_epi32(a), avx2._mm256_cvtepu8_epi32(b)])
+    }
+
+    #[inline(always)]
+    fn signed(self, bytes: &[u8; TILE]) -> Self::F {
+        let (a, b) = eights(bytes);
+        let avx2 = self.0.avx2;
+        self.to_f32([avx2._mm256_cvtepi8_epi32(a), avx2._mm256_cvtepi8_epi32(b)])
+    }
+
+    #[inline(always)]
+    fn powers(self, bytes: &[u8; TILE]) -> Self::F {
+        let (a, b) = eights(bytes);
+        let avx2 = self.0.avx2;
+        let lowest = self.0.avx._mm256_set1_epi32(1 << 22);
+        let a = avx2._mm256_slli_epi32::<23>(avx2._mm256_cvtepu8_epi32(a));
+        let b = avx2._mm256_slli_epi32::<23>(avx2._mm256_cvtepu8_epi32(b));
+        [cast(avx2._mm256_max_epi32(a, lowest)), cast(avx2._mm256_max_epi32(b, lowest))]
+    }
+
+    #[inline(always)]
+    fn bytes(self, bytes: &[u8; 4 * TILE]) -> Self::B {
+        self.words(bytes)
+    }
+
+    #[inline(always)]
+    fn low(self, bytes: Self::B) -> Self::B {
+        let mask = self.0.avx._mm256_set1_epi8(15);
+        [self.0.avx2._mm256_and_si256(bytes[0], mask), self.0.avx2._mm256_and_si256(bytes[1], mask)]
+    }
+
+    #[inline(always)]
+    fn high(self, bytes: Self::B) -> Self::B {
+        let avx2 = self.0.avx2;
+        self.low([avx2._mm256_srli_epi16::<4>(bytes[0]), avx2._mm256_srli_epi16::<4>(bytes[1])])
+    }
+
+    #[inline(always)]
+    fn two_bits(self, bytes: Self::B, which: usize) -> Self::B {
+        let avx2 = self.0.avx2;
+        let mask = self.0.avx._mm256_set1_epi8(0x30);
+        let [a, b] = bytes;
+        let [a, b] = match which {
+            0 => [avx2._mm256_slli_epi16::<4>(a), avx2._mm256_slli_epi16::<4>(b)],
+            1 => [avx2._mm256_slli_epi16::<2>(a), avx2._mm256_slli_epi16::<2>(b)],
+            2 => [a, b],
+            _ => [avx2._mm256_srli_epi16::<2>(a), avx2._mm256_srli_epi16::<2>(b)],
+        };
+        [avx2._mm256_and_si256(a, mask), avx2._mm256_and_si256(b, mask)]
+    }
+
+    #[inline(always)]
+    fn or(self, a: Self::B, b: Self::B) -> Self::B {
+        [self.0.avx2._mm256_or_si256(a[0], b[0]), self.0.avx2._mm256_or_si256(a[1], b[1])]
+    }
+
+    #[inline(always)]
+    fn look_up(self, table: &[u8; 16], bytes: Self::B) -> Self::B {
+        let avx2 = self.0.avx2;
+        let table = avx2._mm256_broadcastsi128_si256(cast(*table));
+        [avx2._mm256_shuffle_epi8(table, bytes[0]), avx2._mm256_shuffle_epi8(table, bytes[1])]
+    }
+
+    #[inline(always)]
+    fn no_sum(self) -> Self::S {
+        self.zeros()
+    }
+
+    #[inline(always)]
+    fn dot(self, sum: Self::S, bytes: Self::B, row: [i8; 4]) -> Self::S {
+        let avx2 = self.0.avx2;
+        let row = self.row(row);
+        [
+            avx2._mm256_add_epi16(sum[0], avx2._mm256_maddubs_epi16(bytes[0], row)),
+            avx2._mm256_add_epi16(sum[1], avx2._mm256_maddubs_epi16(bytes[1], row)),
+        ]
+    }
+
+    #[inline(always)]
+    fn total(self, sum: Self::S) -> Self::I {
+        let avx2 = self.0.avx2;
+        let ones = self.0.avx._mm256_set1_epi16(1);
+        [avx2._mm256_madd_epi16(sum[0], ones), avx2._mm256_madd_epi16(sum[1], ones)]
+    }
+
+    #[inline(always)]
+    fn zeros(self) -> Self::I {
+        self.splat_i(0)
+    }
+
+    #[inline(always)]
+    fn splat_i(self, value: i32) -> Self::I {
+        [self.0.avx._mm256_set1_epi32(value); 2]
+    }
+
+    #[inline(always)]
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I {
+        [self.0.avx2._mm256_add_epi32(a[0], b[0]), self.0.avx2._mm256_add_epi32(a[1], b[1])]
+    }
+
+    #[inline(always)]
+    fn dot_signed(self, sum: Self::I, bytes: Self::B, row: [i8; 4]) -> Self::I {
+        let avx2 = self.0.avx2;
+        let row = self.row(row);
+        // |w| · (x · sign w): the instruction wants one factor without a sign. A pair is at most 2 · 128 · 127 < 2^15.
+        let a = avx2._mm256_maddubs_epi16(avx2._mm256_abs_epi8(bytes[0]), avx2._mm256_sign_epi8(row, bytes[0]));
+        let b = avx2._mm256_maddubs_epi16(avx2._mm256_abs_epi8(bytes[1]), avx2._mm256_sign_epi8(row, bytes[1]));
+        self.add_i(sum, self.total([a, b]))
+    }
+
+    #[inline(always)]
+    fn to_f32(self, values: Self::I) -> Self::F {
+        [self.0.avx._mm256_cvtepi32_ps(values[0]), self.0.avx._mm256_cvtepi32_ps(values[1])]
+    }
+}
+
+/// Eight bytes each, with zeros behind them.
+#[inline(always)]
+fn eights(bytes: &[u8; TILE]) -> (__m128i, __m128i) {
+    let whole = u128::from_le_bytes(*bytes);
+    (cast(whole as u64 as u128), cast(whole >> 64))
+}
+
+/// Rows and columns of eight vectors: pairs, then fours, then halves change places.
+#[inline(always)]
+pub(super) fn transpose(v3: V3, rows: [&[f32; 8]; 8], at: usize, to: &mut [[f32; TILE]; 8]) {
+    let avx = v3.avx;
+    let mut r: [__m256; 8] = [cast([0.0f32; 8]); 8];
+    for (r, row) in r.iter_mut().zip(rows) {
+        *r = cast(*row);
+    }
+    let mut pairs = r;
+    for i in 0..4 {
+        pairs[2 * i] = avx._mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        pairs[2 * i + 1] = avx._mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    let mut fours = pairs;
+    for i in 0..2 {
+        for j in 0..2 {
+            let (a, b) = (pairs[4 * i + j], pairs[4 * i + j + 2]);
+            fours[4 * i + 2 * j] = avx._mm256_shuffle_ps::<0b01_00_01_00>(a, b);
+            fours[4 * i + 2 * j + 1] = avx._mm256_shuffle_ps::<0b11_10_11_10>(a, b);
+        }
+    }
+    for i in 0..4 {
+        let low = avx._mm256_permute2f128_ps::<0x20>(fours[i], fours[i + 4]);
+        let high = avx._mm256_permute2f128_ps::<0x31>(fours[i], fours[i + 4]);
+        to[i].as_chunks_mut::<8>().0[at / 8] = cast(low);
+        to[i + 4].as_chunks_mut::<8>().0[at / 8] = cast(high);
+    }
+}
