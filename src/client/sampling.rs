@@ -235,8 +235,8 @@ impl Sampler {
     fn draw(&self, scratch: &mut Scratch, best: u32) -> u32 {
         let Scratch { logits, weights, ids } = scratch;
         let (top, temperature) = (f64::from(logits[best as usize]), f64::from(self.options.temperature));
-        weights.clear();
-        weights.extend(logits.iter().map(|&logit| exact::exp((f64::from(logit) - top) / temperature)));
+        weights.resize(logits.len(), 0.0);
+        exact::weigh(logits, top, temperature, weights);
 
         // Everything is in until a filter says otherwise.
         let mut cut = Cut { logit: f32::MIN, id: u32::MAX };
@@ -286,9 +286,23 @@ fn cut_at(logits: &[f32], id: u32) -> Cut {
 }
 
 /// The cut behind the `k` likeliest tokens; `k` is at least 1 and less than there are.
+///
+/// One look at each logit: those above the least that may still be in are gathered, and the worse half of them is thrown out
+/// whenever there are twice as many as needed.
 fn top_k(logits: &[f32], ids: &mut Vec<u32>, k: usize) -> Cut {
     ids.clear();
-    ids.extend(0..logits.len() as u32);
+    let mut least = f32::NEG_INFINITY;
+    for (id, logit) in logits.iter().enumerate() {
+        // Ids rise: of equal logits, those that are there already stay.
+        if logit.total_cmp(&least).is_gt() {
+            ids.push(id as u32);
+            if ids.len() == 2 * k {
+                let (_, last, _) = ids.select_nth_unstable_by(k - 1, by_rank(logits));
+                least = logits[*last as usize];
+                ids.truncate(k);
+            }
+        }
+    }
     let (_, last, _) = ids.select_nth_unstable_by(k - 1, by_rank(logits));
     cut_at(logits, *last)
 }

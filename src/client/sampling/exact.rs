@@ -6,14 +6,29 @@ use chacha20::{
     ChaCha12Rng,
     rand_core::{Rng, SeedableRng},
 };
+use pulp::Arch;
+
+/// `weights = e^((logits - top) / temperature)`, of which `top` is the largest.
+pub(super) fn weigh(logits: &[f32], top: f64, temperature: f64, weights: &mut [f64]) {
+    // Vector instructions of any width do to each number what the loop says: nothing is fused or reordered.
+    Arch::new().dispatch(|| {
+        for (weight, logit) in weights.iter_mut().zip(logits) {
+            *weight = exp((f64::from(*logit) - top) / temperature);
+        }
+    });
+}
 
 /// `e^x` for `x <= 0`, within a few units of the last place; 0 below about -708 (where it would be subnormal).
 ///
-/// `x = n ln 2 + r` with `|r| <= ln 2 / 2`; `e^r` by its Taylor series, and `2^n` by writing the exponent's bits.
+/// `x = n ln 2 + r` with `|r| <= ln 2 / 2`; `e^r` by its Taylor series, and `2^n` by writing the exponent's bits. Without branches,
+/// so that a loop around it becomes vector instructions.
+#[inline(always)]
 pub(super) fn exp(x: f64) -> f64 {
     /// The part of ln 2 whose products with whole numbers up to 2^11 are exact, and the rest of it.
     const LN_2_HIGH: f64 = 0.693_147_180_369_123_8;
     const LN_2_LOW: f64 = 1.908_214_929_270_587_7e-10;
+    /// Below it results would be subnormal.
+    const LOWEST: f64 = -708.0;
     /// 1/13!, 1/12!, …, 1/1!, 1/0!: the next term is below f64's resolution.
     const TERMS: [f64; 14] = [
         1.0 / 6_227_020_800.0,
@@ -31,16 +46,17 @@ pub(super) fn exp(x: f64) -> f64 {
         1.0,
         1.0,
     ];
-    if x < -708.0 {
-        return 0.0;
-    }
     // To the nearest whole number, as `x` is not positive (`round` is a slow call on many machines).
-    let n = (x * std::f64::consts::LOG2_E - 0.5) as i32;
+    let bounded = if x < LOWEST { LOWEST } else { x };
+    let n = (bounded * std::f64::consts::LOG2_E - 0.5) as i32;
     let power = f64::from_bits(u64::from((n + 1023).unsigned_abs()) << 52);
     let n = f64::from(n);
-    let r = (x - n * LN_2_HIGH) - n * LN_2_LOW;
-    let series = TERMS.iter().fold(0.0, |sum, term| sum * r + term);
-    series * power
+    let r = (bounded - n * LN_2_HIGH) - n * LN_2_LOW;
+    let mut series = 0.0;
+    for term in TERMS {
+        series = series * r + term;
+    }
+    if x < LOWEST { 0.0 } else { series * power }
 }
 
 /// The random number of token `n` under `seed`, in `[0, 1)`: 53 bits of ChaCha12's key stream at word `2 n`, the seed
