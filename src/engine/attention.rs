@@ -28,6 +28,8 @@ use crate::model::spec::AttentionSpec;
 const TILE_ROWS: usize = 16;
 /// Multiplications below which a second thread costs more than it saves.
 const MIN_PARALLEL: usize = 1 << 20;
+/// The same for numbers that are normalised and rotated.
+const MIN_PARALLEL_PLACING: usize = 1 << 16;
 
 /// Consecutive rows of a pass that belong to one lane.
 pub(super) struct RowRun<'a> {
@@ -107,14 +109,40 @@ impl Attention {
         if angles.is_none() && self.q_norm.is_none() && self.k_norm.is_none() {
             return;
         }
-        let Kernel { heads, kv_heads, head_size, .. } = self.kernel;
-        for (row, values) in qkv.chunks_exact_mut(self.kernel.row_width()).enumerate() {
-            for (index, head) in values.chunks_exact_mut(head_size).take(heads + kv_heads).enumerate() {
-                if let Some(norm) = if index < heads { &self.q_norm } else { &self.k_norm } {
-                    norm.normalise(head);
+        if qkv.len() < MIN_PARALLEL_PLACING {
+            Arch::new().dispatch(Placing { attention: self, first_row: 0, qkv, angles });
+        } else {
+            qkv.par_chunks_mut(TILE_ROWS * self.kernel.row_width()).enumerate().for_each(|(index, qkv)| {
+                let first_row = index * TILE_ROWS;
+                Arch::new().dispatch(Placing { attention: self, first_row, qkv, angles });
+            });
+        }
+    }
+}
+
+/// Some rows whose queries and keys are normalised and rotated.
+struct Placing<'a> {
+    attention: &'a Attention,
+    /// The first of them, among those that there are angles for.
+    first_row: usize,
+    qkv: &'a mut [f32],
+    angles: Option<&'a Angles>,
+}
+
+impl WithSimd for Placing<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Attention { q_norm, k_norm, kernel, .. } = self.attention;
+        for (row, values) in self.qkv.chunks_exact_mut(kernel.row_width()).enumerate() {
+            let heads = values.chunks_exact_mut(kernel.head_size).take(kernel.heads + kernel.kv_heads);
+            for (index, head) in heads.enumerate() {
+                if let Some(norm) = if index < kernel.heads { q_norm } else { k_norm } {
+                    norm.normalise_row(simd, head);
                 }
-                if let Some(angles) = angles {
-                    angles.rotate(row, head);
+                if let Some(angles) = self.angles {
+                    angles.rotate(self.first_row + row, head);
                 }
             }
         }

@@ -165,6 +165,7 @@ pub(super) struct Angles {
 
 impl Angles {
     /// Rotates one head of row `row` in place: number `i` against number `i + pairs`. What follows stays as it is.
+    #[inline(always)]
     pub(super) fn rotate(&self, row: usize, head: &mut [f32]) {
         let cos = &self.cos[row * self.pairs..][..self.pairs];
         let sin = &self.sin[row * self.pairs..][..self.pairs];

@@ -14,6 +14,8 @@ use safetensors::SafeTensors;
 
 use super::*;
 
+mod large;
+
 type Answer = (Cache, Result<StepOutput, StepError>);
 
 const PATIENCE: Duration = Duration::from_secs(60);
