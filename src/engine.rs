@@ -18,8 +18,8 @@
 //! session's wire format after every block, whether or not it travels. All three hold bit for bit, for one checkpoint,
 //! engine dtype, wire dtype and width of the machine's vectors, and are tested in f32, bf16 and f16.
 //!
-//! The KV cache is kept in the engine's dtype, and so are matrices that are floating point numbers; norms and biases, which
-//! are small, in f32. Matrices that a checkpoint has in a packed format stay as they are, and others are quantized at load
+//! The KV cache is kept in the engine's dtype, or in another that is asked for ([`KvDtype`]). Matrices that are floating point
+//! numbers are in the engine's dtype, too; norms and biases, which are small, in f32. Matrices that a checkpoint has in a packed format stay as they are, and others are quantized at load
 //! where that is asked for ([`Quant`]); each has a form of its own (`engine/matrix.rs`). What is computed inside a block is
 //! in f32, whatever the form.
 //!
@@ -85,7 +85,7 @@ use pass::Span;
 use planes::KvPlanes;
 pub use threads::MAX_THREADS;
 
-use crate::model::{Dtype, Quant, checkpoint::Checkpoint, spec::ModelSpec};
+use crate::model::{Dtype, KvDtype, Quant, checkpoint::Checkpoint, spec::ModelSpec};
 
 /// Where blocks and edges run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -116,8 +116,10 @@ impl DeviceChoice {
 pub struct EngineOptions {
     /// The blocks.
     pub span: Range<usize>,
-    /// What the KV cache is kept in, and weights that aren't quantized.
+    /// What weights that aren't quantized are kept in.
     pub dtype: Dtype,
+    /// What the KV cache is kept in; `None`: as `dtype` says.
+    pub kv_dtype: Option<KvDtype>,
     /// How matrices are quantized.
     pub quant: Quant,
     /// Where the blocks run.
@@ -139,6 +141,7 @@ impl EngineOptions {
         Self {
             span,
             dtype,
+            kv_dtype: None,
             quant: Quant::Auto,
             device: DeviceChoice::Auto,
             cache_tokens: 8192,
@@ -160,6 +163,7 @@ struct Shared {
     spec: ModelSpec,
     span: Range<usize>,
     dtype: Dtype,
+    kv_dtype: KvDtype,
     loaded: Loaded,
     queue: usize,
 }
@@ -192,15 +196,17 @@ impl Engine {
         options: EngineOptions,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self, LoadError> {
-        let EngineOptions { span, dtype, quant, device, cache_tokens, batch_tokens, queue, threads } = options;
+        let EngineOptions { span, dtype, kv_dtype, quant, device, cache_tokens, batch_tokens, queue, threads } =
+            options;
         device.check()?;
         let spec = checkpoint.spec().clone();
         if span.is_empty() || span.end > spec.num_blocks() {
             return Err(LoadError::Span { start: span.start, end: span.end, blocks: spec.num_blocks() });
         }
-        let pages = check_cache(&spec, &span, dtype, cache_tokens)?;
+        let kv_dtype = kv_dtype.unwrap_or(dtype.into());
+        let pages = check_cache(&spec, &span, kv_dtype, cache_tokens)?;
         let mut source = Source::new(checkpoint, dtype, quant);
-        let blocks = Span::load(&spec, span.clone(), (dtype, pages as usize), &mut source, progress)?;
+        let blocks = Span::load(&spec, span.clone(), (kv_dtype, pages as usize), &mut source, progress)?;
         let loaded = source.finish();
         let desk = Arc::new(Desk::new(pages));
         let threads = threads::pool("engine", threads)?;
@@ -208,7 +214,7 @@ impl Engine {
         // What was spawned keeps the pool alive. The batcher is one of its workers, so that it can share a product with
         // the others without handing over and waking up.
         threads.spawn(move || batcher.run());
-        Ok(Self { shared: Arc::new(Shared { desk, spec, span, dtype, loaded, queue }) })
+        Ok(Self { shared: Arc::new(Shared { desk, spec, span, dtype, kv_dtype, loaded, queue }) })
     }
 
     /// What the model computes.
@@ -221,9 +227,14 @@ impl Engine {
         self.shared.span.clone()
     }
 
-    /// What the KV cache is kept in, and weights that aren't quantized.
+    /// What weights that aren't quantized are kept in.
     pub fn dtype(&self) -> Dtype {
         self.shared.dtype
+    }
+
+    /// What the KV cache is kept in.
+    pub fn kv_dtype(&self) -> KvDtype {
+        self.shared.kv_dtype
     }
 
     /// Bytes that the span's weights take in memory.
@@ -237,10 +248,11 @@ impl Engine {
         self.shared.loaded.quantization
     }
 
-    /// The instruction set that the arithmetic runs on, as one word: `cpu-avx512`, `cpu-avx2`, `cpu-simd128` (NEON) or
-    /// `cpu-portable`. Two engines that are alike in all but this may differ in the last bits of a result.
-    pub fn kernel_path(&self) -> &'static str {
-        "cpu"
+    /// What the arithmetic runs on, as one word: `cpu`, on which results have the same bits whatever the instruction set, and
+    /// where the KV cache is not in the engine's dtype its format, as in `cpu-kv-q8`.
+    pub fn kernel_path(&self) -> String {
+        let Shared { dtype, kv_dtype, .. } = *self.shared;
+        if kv_dtype == dtype.into() { "cpu".to_owned() } else { format!("cpu-kv-{kv_dtype}") }
     }
 
     /// An empty KV cache for one session that runs through `blocks`.
@@ -365,7 +377,7 @@ impl Drop for Shared {
 
 /// Pages for `tokens` tokens, after making sure that the system has the address space for them: an allocation that
 /// fails later would end the process.
-fn check_cache(spec: &ModelSpec, span: &Range<usize>, dtype: Dtype, tokens: usize) -> Result<u32, LoadError> {
+fn check_cache(spec: &ModelSpec, span: &Range<usize>, dtype: KvDtype, tokens: usize) -> Result<u32, LoadError> {
     let pages = tokens / PAGE_TOKENS;
     let sizes = spec.blocks[span.clone()].iter().map(|block| {
         let attention = &block.attention;

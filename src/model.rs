@@ -14,5 +14,5 @@ pub mod source;
 pub mod spec;
 pub mod tokenizer;
 
-pub use dtype::Dtype;
+pub use dtype::{Dtype, KvDtype};
 pub use quant::Quant;

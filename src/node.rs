@@ -25,7 +25,7 @@ use self::{
 use crate::{
     engine::{DeviceChoice, Engine, EngineOptions, LoadError, speed::Speed},
     model::{
-        Dtype, Quant,
+        Dtype, KvDtype, Quant,
         fingerprint::Fingerprint,
         inspect,
         source::{ModelSource, SourceError},
@@ -85,6 +85,8 @@ pub struct NodeOptions {
     pub device: DeviceChoice,
     /// What it computes in; `None`: as the checkpoint is stored.
     pub dtype: Option<Dtype>,
+    /// What its KV cache is kept in; `None`: what it computes in.
+    pub kv_dtype: Option<KvDtype>,
     /// How matrices are quantized.
     pub quant: Quant,
     /// Threads that compute; `None`: one a core.
@@ -175,7 +177,7 @@ pub enum NodeError {
     },
     /// Not even one block fits.
     #[error(
-        "no block of {model} fits into the free memory: one takes {block_bytes} bytes, {free_bytes} are free; a smaller --dtype, --quant q4_k or fewer --attn-cache-tokens may help"
+        "no block of {model} fits into the free memory: one takes {block_bytes} bytes, {free_bytes} are free; a smaller --dtype or --kv-dtype, --quant q4_k or fewer --attn-cache-tokens may help"
     )]
     NoRoom {
         /// The model.
@@ -335,6 +337,7 @@ async fn begin(
     let checkpoint = source.fetch_blocks(span.clone()).await?;
     let engine_options = EngineOptions {
         device: options.device,
+        kv_dtype: options.kv_dtype,
         quant: options.quant,
         threads: options.threads,
         cache_tokens: options.cache_tokens,
@@ -360,7 +363,7 @@ async fn begin(
     sessions.serve(Host { engine: engine.clone(), swarm: swarm.downgrade(), hosted });
     announcement.state = State::Online;
     announcement.quant = engine.quantization().to_owned();
-    announcement.kernel_path = engine.kernel_path().to_owned();
+    announcement.kernel_path = engine.kernel_path();
     announcement.compute_tokens_per_second = tokens_per_second;
     update_load(&mut announcement, &engine);
     swarm.announce(announcement.clone()).await?;
@@ -388,7 +391,8 @@ async fn choose_blocks(
         BlockChoice::Exactly(span) => return Ok(span.clone()),
         BlockChoice::Count(count) => *count,
         BlockChoice::Auto => {
-            let block_bytes = source.largest_block_bytes(dtype, options.quant, options.cache_tokens);
+            let cache = (options.kv_dtype.unwrap_or(dtype.into()), options.cache_tokens);
+            let block_bytes = source.largest_block_bytes(dtype, options.quant, cache);
             let free_bytes = inspect::usable_memory_bytes(inspect::free_memory_bytes());
             match (free_bytes / block_bytes.max(1)) as usize {
                 0 => return Err(NodeError::NoRoom { model: options.model.clone(), block_bytes, free_bytes }),

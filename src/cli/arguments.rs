@@ -8,7 +8,7 @@ use libp2p::Multiaddr;
 use crate::{
     config,
     engine::{DeviceChoice, MAX_THREADS},
-    model::{Dtype, Quant, hub::HubOptions},
+    model::{Dtype, KvDtype, Quant, hub::HubOptions},
     swarm::{Role, SwarmConfig, identity::Identity},
 };
 
@@ -135,6 +135,33 @@ impl DtypeArg {
             Self::F32 => Some(Dtype::F32),
             Self::Bf16 => Some(Dtype::Bf16),
             Self::F16 => Some(Dtype::F16),
+        }
+    }
+}
+
+/// Formats of a KV cache, and `auto`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum KvDtypeArg {
+    /// What the blocks compute in.
+    Auto,
+    /// Single precision.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// Half precision.
+    F16,
+    /// Codes of 8 bits.
+    Q8,
+}
+
+impl KvDtypeArg {
+    pub(super) fn dtype(self) -> Option<KvDtype> {
+        match self {
+            Self::Auto => None,
+            Self::F32 => Some(KvDtype::F32),
+            Self::Bf16 => Some(KvDtype::Bf16),
+            Self::F16 => Some(KvDtype::F16),
+            Self::Q8 => Some(KvDtype::Q8),
         }
     }
 }

@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use libp2p::Multiaddr;
 
 use super::{
-    arguments::{DtypeArg, ModelArgs, PeerArgs, Usage, block_range, count, device, seconds, threads},
+    arguments::{DtypeArg, KvDtypeArg, ModelArgs, PeerArgs, Usage, block_range, count, device, seconds, threads},
     output::print,
     progress::Progress,
     signals::Signals,
@@ -87,6 +87,9 @@ pub(super) struct ServeArgs {
     /// What to compute in, and keep weights and KV cache in: auto is as the checkpoint is stored.
     #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
     dtype: DtypeArg,
+    /// What to keep the KV cache in: auto is as --dtype, q8 are codes of 8 bits with a scale for each token and head.
+    #[arg(long, value_enum, default_value_t = KvDtypeArg::Auto)]
+    kv_dtype: KvDtypeArg,
     /// How the blocks' matrices are quantized: auto (as stored), none, q8_0, q4_0, q4_k or q6_k.
     #[arg(long, env = "HELION_QUANT", value_name = "QUANT", default_value_t = Quant::Auto)]
     quant: Quant,
@@ -274,6 +277,7 @@ async fn prepare(args: &ServeArgs) -> anyhow::Result<(ModelSource, NodeOptions, 
         },
         device: args.device,
         dtype: args.dtype.dtype(),
+        kv_dtype: args.kv_dtype.dtype(),
         quant: args.quant,
         threads: args.threads,
         cache_tokens: args.attn_cache_tokens,

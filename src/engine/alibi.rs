@@ -5,6 +5,7 @@ use half::{bf16, f16};
 use crate::model::{Dtype, spec::AlibiSpec};
 
 /// The biases of a block's heads.
+#[derive(Debug)]
 pub(super) struct Alibi {
     slopes: Vec<f32>,
     factor: f32,
@@ -17,11 +18,14 @@ impl Alibi {
         Self { slopes, factor: spec.factor as f32, rounding: spec.rounding }
     }
 
-    /// What `head` adds to the score of the key at `position`.
+    /// What `head` adds to the scores of the keys at the positions from `first` on.
     ///
     /// It is taken for the position and not for the distance, as in transformers: with rounding, the two differ.
-    pub(super) fn bias(&self, head: usize, position: usize) -> f32 {
-        self.factor * rounded(self.rounding, self.slopes[head] * rounded(self.rounding, position as f32))
+    pub(super) fn biases(&self, head: usize, first: usize, biases: &mut [f32]) {
+        let (slope, rounding) = (self.slopes[head], self.rounding);
+        for (position, bias) in (first..).zip(biases) {
+            *bias = self.factor * rounded(rounding, slope * rounded(rounding, position as f32));
+        }
     }
 }
 
@@ -60,9 +64,14 @@ mod tests {
     #[test]
     fn biases_are_rounded_as_the_reference_rounds_them() {
         let exact = Alibi::new(&AlibiSpec { factor: 1.0, rounding: Dtype::F32 }, 6);
-        assert_eq!((exact.bias(0, 301), exact.bias(5, 301)), (75.25, 37.625));
+        let biases = |alibi: &Alibi, head| {
+            let mut biases = [1.0; 302];
+            alibi.biases(head, 0, &mut biases);
+            (biases[0], biases[301])
+        };
+        assert_eq!((biases(&exact, 0), biases(&exact, 5)), ((0.0, 75.25), (0.0, 37.625)));
         let falcon = Alibi::new(&AlibiSpec { factor: 0.25, rounding: Dtype::Bf16 }, 6);
         // 301 is 300 in steps of 2 (half to even), and 75 needs no rounding.
-        assert_eq!((falcon.bias(0, 301), falcon.bias(0, 0)), (0.25 * 75.0, 0.0));
+        assert_eq!(biases(&falcon, 0), (0.0, 0.25 * 75.0));
     }
 }

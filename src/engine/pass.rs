@@ -14,7 +14,7 @@ use super::{
     scratch::Scratch,
 };
 use crate::model::{
-    Dtype,
+    Dtype, KvDtype,
     spec::{ModelSpec, RopeSpec},
 };
 
@@ -78,7 +78,7 @@ impl Span {
     pub(super) fn load(
         spec: &ModelSpec,
         span: Range<usize>,
-        cache: (Dtype, usize),
+        cache: (KvDtype, usize),
         source: &mut Source<'_>,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self, LoadError> {

@@ -52,3 +52,48 @@ impl FromStr for Dtype {
         }
     }
 }
+
+/// What keys and values are kept in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum KvDtype {
+    /// IEEE 754 single precision.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE 754 half precision.
+    F16,
+    /// Codes of 8 bits, with one scale in f32 for each token and head.
+    Q8,
+}
+
+impl KvDtype {
+    /// Bytes of one token's keys, or values, in one head of `head_size` numbers.
+    pub fn head_bytes(self, head_size: usize) -> usize {
+        match self {
+            Self::F32 => head_size.saturating_mul(4),
+            Self::Bf16 | Self::F16 => head_size.saturating_mul(2),
+            Self::Q8 => head_size.saturating_add(4),
+        }
+    }
+}
+
+impl From<Dtype> for KvDtype {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F32 => Self::F32,
+            Dtype::Bf16 => Self::Bf16,
+            Dtype::F16 => Self::F16,
+        }
+    }
+}
+
+impl fmt::Display for KvDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+            Self::Q8 => "q8",
+        })
+    }
+}

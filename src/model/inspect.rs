@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::{
-    Dtype, Quant,
+    Dtype, KvDtype, Quant,
     checkpoint::spellings,
     fingerprint::Fingerprint,
     hub::StoredTensor,
@@ -237,17 +237,17 @@ impl Inspection {
         let count = |tensors: &[TensorSpec]| -> u64 { tensors.iter().map(parameters).sum() };
         let blocks: Vec<u64> = tensors.iter().map(|tensors| count(tensors)).collect();
         let largest = |format| tensors.iter().map(|tensors| bytes(tensors, format)).max().unwrap_or(0);
-        let kv = |dtype: Dtype| {
+        let kv = |dtype: KvDtype| {
             let each = spec.blocks.iter().map(|block| {
                 let attention = &block.attention;
-                (2 * attention.kv_heads * attention.head_size * dtype.size_in_bytes()) as u64
+                (2 * attention.kv_heads * dtype.head_bytes(attention.head_size)) as u64
             });
             KvSizes { block: each.clone().max().unwrap_or(0), all: each.sum() }
         };
         let free_bytes = free_memory_bytes();
         let usable_bytes = usable_memory_bytes(free_bytes);
         let fitting = |format: Format| {
-            let block = largest(format) + kv(format.kv_dtype()).block * cache_tokens as u64;
+            let block = largest(format) + kv(format.kv_dtype().into()).block * cache_tokens as u64;
             usize::try_from(usable_bytes / block.max(1)).unwrap_or(usize::MAX).min(spec.num_blocks())
         };
         Ok(Self {
@@ -264,9 +264,9 @@ impl Inspection {
             block_bytes: each(largest),
             all_blocks_bytes: each(|format| tensors.iter().map(|tensors| bytes(tensors, format)).sum()),
             edges_bytes: each(|format| bytes(&edges, format)),
-            kv_bytes_per_token: [Dtype::F32, Dtype::Bf16, Dtype::F16]
+            kv_bytes_per_token: [KvDtype::F32, KvDtype::Bf16, KvDtype::F16, KvDtype::Q8]
                 .into_iter()
-                .map(|dtype| (Format::Floats(dtype).name(), kv(dtype)))
+                .map(|dtype| (dtype.to_string(), kv(dtype)))
                 .collect(),
             fits: Fits {
                 free_bytes,
@@ -335,6 +335,7 @@ mod tests {
             assert!(bytes["f32"] > bytes["q8_0"] && bytes["q8_0"] > bytes["q4_0"], "{fixture}: {bytes:?}");
             let kv = inspection.kv_bytes_per_token["f32"];
             assert_eq!(kv.all, inspection.kv_bytes_per_token["bf16"].all * 2);
+            assert!(inspection.kv_bytes_per_token["q8"].all * 2 < kv.all);
             assert!(kv.block * inspection.blocks as u64 >= kv.all && kv.block > 0);
             assert_eq!(inspection.fits.blocks["f32"], inspection.blocks, "such a small model fits anywhere");
         }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{
-    Dtype, Quant,
+    Dtype, KvDtype, Quant,
     checkpoint::{Checkpoint, CheckpointError, HEAD, spellings},
     family,
     fingerprint::{FileHashes, Fingerprint},
@@ -134,8 +134,9 @@ impl ModelSource {
 
     /// Bytes of the largest block: its weights, packed as they are or as `quant` says or in `dtype`, and its part of a KV
     /// cache of `cache_tokens` tokens.
-    pub fn largest_block_bytes(&self, dtype: Dtype, quant: Quant, cache_tokens: usize) -> u64 {
-        let planned = |tokens: usize| self.spec.largest_block_bytes(dtype, quant, tokens);
+    pub fn largest_block_bytes(&self, dtype: Dtype, quant: Quant, cache: (KvDtype, usize)) -> u64 {
+        let (kv_dtype, cache_tokens) = cache;
+        let planned = |tokens: usize| self.spec.largest_block_bytes(dtype, quant, (kv_dtype, tokens));
         match &self.files {
             // All blocks have the same cache, so the rest is the weights.
             Files::Gguf { model, .. } if quant == Quant::Auto => {

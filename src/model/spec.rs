@@ -19,7 +19,7 @@ mod tensors;
 
 use serde::Serialize;
 
-use super::{Dtype, Quant};
+use super::{Dtype, KvDtype, Quant};
 pub(crate) use packing::{AWQ_PER_WORD, WORD_BITS};
 pub use packing::{Packing, PackingSpec};
 pub(crate) use tensors::expert_name;
@@ -492,8 +492,9 @@ impl ModelSpec {
     }
 
     /// Bytes of the largest block: its weights, packed as they are or as `quant` says or in `dtype`, and its part of a KV
-    /// cache of `cache_tokens` tokens.
-    pub fn largest_block_bytes(&self, dtype: Dtype, quant: Quant, cache_tokens: usize) -> u64 {
+    /// cache, of such a format and so many tokens.
+    pub fn largest_block_bytes(&self, dtype: Dtype, quant: Quant, cache: (KvDtype, usize)) -> u64 {
+        let (kv_dtype, cache_tokens) = cache;
         let size = |tensor: &TensorSpec| match tensor.values {
             Values::Floats => tensor.elements() * dtype.size_in_bytes(),
             Values::Bytes => tensor.elements(),
@@ -509,7 +510,8 @@ impl ModelSpec {
                 Quant::Auto => self.block_tensors(index).iter().map(size).sum(),
                 _ => block.matrices(self.hidden_size).map(kept).sum(),
             };
-            let cache = 2 * block.attention.kv_heads * block.attention.head_size * cache_tokens * dtype.size_in_bytes();
+            let head = kv_dtype.head_bytes(block.attention.head_size);
+            let cache = 2 * block.attention.kv_heads * head * cache_tokens;
             weights as u64 + cache as u64
         };
         self.blocks.iter().enumerate().map(bytes).max().unwrap_or(0)

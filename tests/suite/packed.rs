@@ -8,7 +8,7 @@ use std::{
 
 use half::{bf16, f16};
 use helion::model::{
-    Dtype, Quant,
+    Dtype, KvDtype, Quant,
     checkpoint::{Checkpoint, CheckpointError, StoredMatrix},
     spec::{ExpertTensors, FfnSpec, LinearSpec, TensorSpec, Values},
 };
@@ -211,7 +211,8 @@ fn the_tensors_are_named_and_counted() {
             .filter(|(linear, _)| linear.weight.contains("layers.0."))
             .map(|(linear, _)| bytes_of(&checkpoint.matrix(linear).unwrap()))
             .sum();
-        let (planned, packed) = (spec.largest_block_bytes(Dtype::Bf16, Quant::Auto, 0) as f64, packed as f64);
+        let (planned, packed) =
+            (spec.largest_block_bytes(Dtype::Bf16, Quant::Auto, (KvDtype::Bf16, 0)) as f64, packed as f64);
         assert!((packed..1.12 * packed + 4096.0).contains(&planned), "{name}: {planned} of {packed}");
     }
 }

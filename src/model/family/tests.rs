@@ -2,7 +2,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::model::{
-    Dtype, Quant,
+    Dtype, KvDtype, Quant,
     spec::{FfnSpec, HeadSpec, RopeScaling, RopeSpec},
 };
 

@@ -209,9 +209,9 @@ fn gpt_oss_is_read_with_and_without_quantization() {
     let names: Vec<_> = quantized.block_tensors(1).into_iter().map(|tensor| (tensor.name, tensor.shape)).collect();
     assert!(names.contains(&("model.layers.1.mlp.experts.gate_up_proj_blocks".into(), vec![4, 128, 2, 16])));
     // Half a byte a number, whatever the dtype.
-    assert!(quantized.largest_block_bytes(Dtype::F32, Quant::Auto, 0) < 200_000);
-    let [wide, narrow] =
-        [Quant::None, Quant::Q4_0].map(|quant| quantized.largest_block_bytes(Dtype::Bf16, quant, 0) as f64);
+    assert!(quantized.largest_block_bytes(Dtype::F32, Quant::Auto, (KvDtype::F32, 0)) < 200_000);
+    let [wide, narrow] = [Quant::None, Quant::Q4_0]
+        .map(|quant| quantized.largest_block_bytes(Dtype::Bf16, quant, (KvDtype::Bf16, 0)) as f64);
     assert_eq!(narrow / wide, 4.5 / 16.0);
     let plain = spec("gpt_oss", json!({"quantization_config": null}));
     assert_eq!(format(&plain), StackedFormat::Transposed);
