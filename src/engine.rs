@@ -68,7 +68,12 @@ pub mod speed;
 mod tensor;
 mod threads;
 
-use std::{collections::BTreeSet, ops::Range, sync::Arc, time::Instant};
+use std::{
+    collections::BTreeSet,
+    ops::Range,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use batcher::Batcher;
 pub use cache::{AdoptError, Cache, SharedPages};
@@ -183,6 +188,15 @@ pub struct EngineLoad {
     pub steps: u64,
     /// Rows of these.
     pub tokens: u64,
+    /// Passes since the start.
+    pub passes: u64,
+    /// Rows of these; over their number, how well the weights that each of them read were used.
+    pub rows: u64,
+    /// Time in passes.
+    pub busy: Duration,
+    /// Short steps (decode tokens, speculative runs) that more than one chunk of somebody's prompt was in the way of. None
+    /// are, unless all short steps together are more than half a pass.
+    pub late_decodes: u64,
 }
 
 impl Engine {
@@ -298,6 +312,10 @@ impl Engine {
             queue: state.queued,
             steps: state.counts.steps,
             tokens: state.counts.tokens,
+            passes: state.counts.passes,
+            rows: state.counts.rows,
+            busy: state.counts.busy,
+            late_decodes: state.counts.late_decodes,
         }
     }
 

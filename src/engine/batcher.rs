@@ -50,6 +50,8 @@ struct Active {
     /// Rows that are wanted, encoded.
     output: Vec<u8>,
     computed: Duration,
+    /// Passes with a part of a prompt that it was in, or waited for.
+    chunks: u32,
 }
 
 impl Batcher {
@@ -64,7 +66,7 @@ impl Batcher {
             self.discard();
             let demands: Vec<Demand> = self.ready.iter().map(Active::demand).collect();
             let is_ready = |session| self.ready.iter().any(|active| active.job.cache.number == session);
-            let others_decode = self.desk.lock().decodes_besides(is_ready, Instant::now());
+            let others_decode = self.desk.lock().expects_more(is_ready, Instant::now());
             let shares = self.schedule.divide(&demands, others_decode);
             if !shares.is_empty() {
                 self.pass(&shares);
@@ -105,24 +107,27 @@ impl Batcher {
     /// One that can't get its pages holds up all behind it that want some, or it might wait for ever. Those that want none
     /// go on: a full cache doesn't stop the decode steps that have room in the pages they hold.
     fn admit(&mut self, state: &mut DeskState) {
-        let mut is_short = false;
+        let mut needs_wait = false;
         for claim in [Claim::Running, Claim::New] {
             let mut index = 0;
             while index < self.waiting.len() {
                 let pending = &mut self.waiting[index];
                 let table = &pending.job.cache.table;
                 let needed = table.needed(&pending.job.lanes, &state.pages);
-                if table.claim() != claim || (is_short && needed > 0) {
+                if table.claim() != claim {
                     index += 1;
                     continue;
                 }
-                let Some(pages) = state.pages.take(claim, needed) else {
+                let pages = if needs_wait && needed > 0 { None } else { state.pages.take(claim, needed) };
+                let Some(pages) = pages else {
                     pending.starved = true;
-                    is_short = true;
+                    needs_wait = true;
                     index += 1;
                     continue;
                 };
-                if let Some(Pending { mut job, submitted, .. }) = self.waiting.remove(index) {
+                if let Some(Pending { mut job, submitted, starved }) = self.waiting.remove(index) {
+                    // What it waited for until it had its pages isn't the schedule's to answer for.
+                    let met_chunk = !starved && self.schedule.was_in_the_way(submitted);
                     let copies = job.cache.table.extend(&job.lanes, pages, &state.pages);
                     self.ready.push(Active {
                         job,
@@ -132,6 +137,7 @@ impl Batcher {
                         done: 0,
                         output: Vec::new(),
                         computed: Duration::ZERO,
+                        chunks: u32::from(met_chunk),
                     });
                 }
             }
@@ -191,6 +197,14 @@ impl Batcher {
         let took = ended - began;
         let rows = PassRows::of(shares.iter().map(|share| (self.ready[share.step].is_short(), share.rows)));
         self.schedule.ran(rows, took, ended);
+        for active in &mut self.ready {
+            active.chunks += u32::from(rows.long > 0);
+        }
+        let mut state = self.desk.lock();
+        state.counts.passes += 1;
+        state.counts.rows += rows.all() as u64;
+        state.counts.busy += took;
+        drop(state);
         let results: Vec<Result<Outcome, String>> = match outcomes {
             Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
             Err(panic) => {
@@ -229,14 +243,13 @@ impl Batcher {
             return active.give_up(error);
         }
         let is_short = active.is_short();
-        let Active { mut job, submitted, began, output, computed, .. } = active;
+        let Active { mut job, submitted, began, output, computed, chunks, .. } = active;
         self.desk.give_back(job.cache.table.commit(&job.lanes));
         let mut state = self.desk.lock();
         state.counts.steps += 1;
         state.counts.tokens += job.hidden.rows as u64;
-        if is_short {
-            state.decoded(job.cache.number, Instant::now());
-        }
+        state.stepped(job.cache.number, Instant::now());
+        state.counts.late_decodes += u64::from(is_short && chunks > 1);
         drop(state);
         let HiddenStates { dtype, hidden, .. } = job.hidden;
         let rows = output.len() / (hidden * dtype.size_in_bytes());

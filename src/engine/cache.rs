@@ -114,7 +114,7 @@ impl fmt::Debug for Cache {
 
 impl Drop for Cache {
     fn drop(&mut self) {
-        self.desk.lock().decoding.remove(&self.number);
+        self.desk.lock().stepped.remove(&self.number);
         self.desk.give_back(self.table.clear());
     }
 }
@@ -178,7 +178,7 @@ pub(super) struct Desk {
     sessions: AtomicU64,
 }
 
-/// A session that has decoded is expected to go on for so long: a token goes round a swarm in less, as a rule.
+/// A session that had a step is expected to want its next token for so long: one goes round a swarm in less, as a rule.
 const NEXT_TOKEN: Duration = Duration::from_secs(2);
 
 /// One owner may have this part of the steps that may wait.
@@ -192,8 +192,8 @@ pub(super) struct DeskState {
     pub(super) queued: usize,
     /// Of each owner that has any.
     queued_by: BTreeMap<Owner, usize>,
-    /// When sessions had their last short step.
-    decoding: BTreeMap<u64, Instant>,
+    /// When open sessions had their last step.
+    stepped: BTreeMap<u64, Instant>,
     pub(super) counts: Counts,
     /// The last handle of the engine is gone.
     pub(super) closed: bool,
@@ -206,6 +206,13 @@ pub(super) struct Counts {
     pub(super) steps: u64,
     /// Rows of these.
     pub(super) tokens: u64,
+    pub(super) passes: u64,
+    /// Of all passes, those of steps that failed later, too.
+    pub(super) rows: u64,
+    /// In passes.
+    pub(super) busy: Duration,
+    /// See [`EngineLoad`](super::EngineLoad).
+    pub(super) late_decodes: u64,
 }
 
 impl DeskState {
@@ -235,15 +242,15 @@ impl DeskState {
         }
     }
 
-    /// A session had a short step.
-    pub(super) fn decoded(&mut self, session: u64, now: Instant) {
-        self.decoding.insert(session, now);
+    /// A session had a step.
+    pub(super) fn stepped(&mut self, session: u64, now: Instant) {
+        self.stepped.insert(session, now);
     }
 
-    /// Whether a session will want to decode soon that isn't one of `others`.
-    pub(super) fn decodes_besides(&mut self, others: impl Fn(u64) -> bool, now: Instant) -> bool {
-        self.decoding.retain(|_, last| now.saturating_duration_since(*last) < NEXT_TOKEN);
-        self.decoding.keys().any(|session| !others(*session))
+    /// Whether a session is about to come back for its next token that isn't one of those that `is_here` knows.
+    pub(super) fn expects_more(&mut self, is_here: impl Fn(u64) -> bool, now: Instant) -> bool {
+        self.stepped.retain(|_, last| now.saturating_duration_since(*last) < NEXT_TOKEN);
+        self.stepped.keys().any(|session| !is_here(*session))
     }
 }
 
@@ -262,7 +269,7 @@ impl Desk {
             pages: PagePool::new(pages),
             queued: 0,
             queued_by: BTreeMap::new(),
-            decoding: BTreeMap::new(),
+            stepped: BTreeMap::new(),
             counts: Counts::default(),
             closed: false,
         };

@@ -337,7 +337,7 @@ mod tests {
     fn a_session_alone_could_write_to_what_others_share_with_it_now() {
         let (table, mut pool) = table(8 * PAGE_TOKENS - 1);
         let mut other = LaneTable::default();
-        other.adopt(0, &table.pages(0).to_vec(), &mut pool);
+        other.adopt(0, table.pages(0), &mut pool);
         assert_eq!((table.claim(), other.claim()), (Claim::Running, Claim::New));
         let next = [run(0, 8 * PAGE_TOKENS - 1, 1)];
         assert_eq!((table.needed(&next, &pool), pool.free()), (1, 0));

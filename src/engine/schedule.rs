@@ -9,7 +9,7 @@
 //! A session that decodes never waits longer for its next token than **two of its own steps and one chunk** of somebody's prompt:
 //!
 //! - While somebody decodes, a chunk is so small that its pass takes a stated time (see [`Pace`]). Somebody decodes if a
-//!   short step is ready, and also while one is on its way round the swarm and about to come back.
+//!   short step is ready, and also while a session's last token is on its way round the swarm and the next one about to come.
 //! - A short step that arrived while a chunk was being computed is not made to wait for a second one: prompts sit out the
 //!   next pass. So it sees the rest of a pass with a chunk and one without; or, if it arrived during one without,
 //!   the rest of that and one with a chunk. Prompts get every second pass at least.

@@ -6,6 +6,7 @@ mod gguf;
 mod golden;
 mod house;
 mod hub;
+mod load;
 mod loading;
 mod made;
 mod packed;

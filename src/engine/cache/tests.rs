@@ -224,3 +224,35 @@ fn a_prefix_is_for_sessions_of_its_engine_and_blocks() {
     assert_eq!(error.to_string(), "the prefix holds keys and values of blocks 2:5, and the session runs through 2:6");
     Cache::new(desk, 3..5).adopt(0, &prefix).unwrap();
 }
+
+#[test]
+fn a_session_that_had_a_step_is_expected_until_it_comes_or_ends_or_is_late() {
+    let desk = Arc::new(Desk::new(1));
+    let (one, other) = (Cache::new(desk.clone(), BLOCKS), Cache::new(desk.clone(), BLOCKS));
+    let (now, nobody) = (Instant::now(), |_| false);
+    assert!(!desk.lock().expects_more(nobody, now));
+    desk.lock().stepped(one.number, now);
+    assert!(desk.lock().expects_more(|session| session == other.number, now));
+    assert!(!desk.lock().expects_more(|session| session == one.number, now));
+    desk.lock().stepped(other.number, now + NEXT_TOKEN);
+    drop(one);
+    assert!(desk.lock().expects_more(nobody, now + NEXT_TOKEN));
+    assert!(!desk.lock().expects_more(nobody, now + 2 * NEXT_TOKEN));
+}
+
+#[test]
+fn places_in_the_queue_are_given_back_by_their_owner() {
+    let desk = Desk::new(1);
+    let mut state = desk.lock();
+    let owners = [1, 2, 3].map(|number| Owner::of(&number));
+    for owner in [owners[0], owners[0], owners[1]] {
+        state.enter(owner, 4).unwrap();
+    }
+    assert_eq!(state.enter(owners[0], 4), Err(StepError::QueueFull { limit: 2 }));
+    state.enter(owners[2], 4).unwrap();
+    assert_eq!(state.enter(owners[1], 4), Err(StepError::QueueFull { limit: 4 }));
+    for owner in [owners[0], owners[0], owners[1], owners[2]] {
+        state.leave(owner);
+    }
+    assert_eq!((state.queued, state.queued_by.len()), (0, 0));
+}
