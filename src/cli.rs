@@ -8,6 +8,7 @@
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 mod arguments;
+mod bench;
 mod chat;
 mod demo;
 mod generate;
@@ -66,6 +67,8 @@ enum Command {
     /// Look at models, and keep their files.
     #[command(subcommand)]
     Model(model::ModelCommand),
+    /// Measure the engine on this machine, without any network: prompts, tokens one by one, and the memory bus.
+    Bench(bench::BenchArgs),
     /// Make or look at the key that a node is known by.
     #[command(subcommand)]
     Identity(identity::IdentityCommand),
@@ -108,6 +111,7 @@ impl Command {
             Self::Client(ClientCommand::Models(args)) => models::run(args).await,
             Self::Client(ClientCommand::Status(args)) => status::run(args).await,
             Self::Model(command) => model::run(command).await,
+            Self::Bench(args) => bench::run(args).await,
             Self::Identity(command) => identity::run(command),
         }
     }

@@ -23,7 +23,10 @@ use self::{
     sessions::{Host, NodeService, SessionSettings, Sessions},
 };
 use crate::{
-    engine::{DeviceChoice, Engine, EngineOptions, LoadError, speed::Speed},
+    engine::{
+        DeviceChoice, Engine, EngineOptions, LoadError,
+        speed::{Decode, Speed},
+    },
     model::{
         Dtype, KvDtype, Quant,
         fingerprint::Fingerprint,
@@ -468,7 +471,8 @@ async fn keep_swept(sessions: Arc<Sessions>) {
 fn measure(engine: &Engine) -> f64 {
     /// The median of more would not be much truer.
     const STEPS: usize = 16;
-    Speed::of_blocks(engine).decode(1, STEPS, Some(MEASURE_FOR)).unwrap_or_else(|error| {
+    let steps = Decode { limit: Some(MEASURE_FOR), ..Decode::new(1, STEPS) };
+    Speed::of_blocks(engine).decode(&steps).unwrap_or_else(|error| {
         tracing::warn!(%error, "the node announces no speed of its own");
         0.0
     })

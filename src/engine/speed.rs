@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Cache, Edges, Engine, HiddenStates, Job, Keep, LaneRun};
+use super::{Cache, Edges, Engine, HiddenStates, Job, Keep, LaneRun, PAGE_TOKENS};
 use crate::model::Dtype;
 
 /// How long one step may take before the measurement is given up.
@@ -17,6 +17,9 @@ const PATIENCE: Duration = Duration::from_secs(600);
 
 /// Bytes that the memory bus is measured with: far more than any cache holds.
 const BUS_BYTES: usize = 256 << 20;
+
+/// Tokens of a step that fills a lane before it is measured.
+const CONTEXT_AT_ONCE: usize = 512;
 
 /// Why a speed can't be measured.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +30,32 @@ pub struct SpeedError(String);
 pub struct Speed<'a> {
     engine: &'a Engine,
     edges: Option<&'a Edges>,
+}
+
+/// What is measured of decoding: in each step every lane gets one token.
+#[derive(Debug, Clone, Copy)]
+pub struct Decode {
+    /// Lanes.
+    pub lanes: usize,
+    /// Tokens that each lane has before the first step.
+    pub context: usize,
+    /// Steps that count.
+    pub steps: usize,
+    /// When to stop with the steps that there are.
+    pub limit: Option<Duration>,
+}
+
+impl Decode {
+    /// From empty lanes, with no limit.
+    pub fn new(lanes: usize, steps: usize) -> Self {
+        Self { lanes, context: 0, steps, limit: None }
+    }
+
+    /// Tokens of KV cache that it takes.
+    pub fn cache_tokens(&self) -> usize {
+        let a_lane = self.context.saturating_add(self.steps).saturating_add(1);
+        a_lane.checked_next_multiple_of(PAGE_TOKENS).unwrap_or(usize::MAX).saturating_mul(self.lanes)
+    }
 }
 
 impl<'a> Speed<'a> {
@@ -40,30 +69,31 @@ impl<'a> Speed<'a> {
         Self { engine, edges: Some(edges) }
     }
 
-    /// Tokens a second through a prompt of `tokens` tokens; the median of `rounds`, after one that doesn't count.
+    /// Tokens a second through a prompt of `tokens` tokens, once.
     ///
     /// # Errors
     /// The cache has no room for so many tokens, or the engine refuses them.
-    pub fn prefill(&self, tokens: usize, rounds: usize) -> Result<f64, SpeedError> {
-        let mut times = Vec::new();
-        for _ in 0..=rounds {
-            let runs = vec![LaneRun { lane: 0, position: 0, tokens }];
-            let (_, time) = self.step(self.cache()?, runs, tokens)?;
-            times.push(time);
-        }
-        Ok(tokens as f64 / median(&mut times[1..]))
+    pub fn prefill(&self, tokens: usize) -> Result<f64, SpeedError> {
+        let (_, time) = self.step(self.cache()?, vec![LaneRun { lane: 0, position: 0, tokens }], tokens)?;
+        Ok(tokens as f64 / time)
     }
 
-    /// Tokens a second, of all lanes together, where each of `lanes` gets one token a step; the median of `steps` steps, after
-    /// one that doesn't count. With `limit`, it ends after that time, with the steps that there are.
+    /// Tokens a second of all lanes together; the median of the steps, after one that doesn't count.
     ///
     /// # Errors
     /// The cache has no room for so many lanes, or the engine refuses them.
-    pub fn decode(&self, lanes: usize, steps: usize, limit: Option<Duration>) -> Result<f64, SpeedError> {
+    pub fn decode(&self, decode: &Decode) -> Result<f64, SpeedError> {
+        let Decode { lanes, context, steps, limit } = *decode;
         let started = Instant::now();
         let mut cache = self.cache()?;
+        for lane in 0..lanes as u32 {
+            for position in (0..context).step_by(CONTEXT_AT_ONCE) {
+                let tokens = CONTEXT_AT_ONCE.min(context - position);
+                (cache, _) = self.step(cache, vec![LaneRun { lane, position, tokens }], context)?;
+            }
+        }
         let mut times = Vec::new();
-        for position in 0..=steps {
+        for position in context..=context + steps {
             let runs = (0..lanes as u32).map(|lane| LaneRun { lane, position, tokens: 1 }).collect();
             let (back, time) = self.step(cache, runs, position + 1)?;
             cache = back;
@@ -150,7 +180,8 @@ pub fn memory_bandwidth(threads: usize) -> f64 {
     BUS_BYTES as f64 / best
 }
 
-fn median(times: &mut [f64]) -> f64 {
+/// The middle one; infinite where there is none.
+pub fn median(times: &mut [f64]) -> f64 {
     times.sort_unstable_by(f64::total_cmp);
     times.get(times.len() / 2).copied().unwrap_or(f64::INFINITY)
 }

@@ -12,6 +12,7 @@
 mod error;
 mod matrix;
 mod packed;
+mod random;
 mod shard;
 
 use std::{
@@ -77,6 +78,8 @@ enum Layout {
     Sharded(BTreeMap<String, String>),
     /// No safetensors: everything is in there.
     Gguf(Arc<GgufModel>),
+    /// No files: the numbers are made up.
+    Random,
 }
 
 #[derive(serde::Deserialize)]
@@ -109,6 +112,13 @@ impl Checkpoint {
         let first = model.files().into_iter().next().unwrap_or_default();
         let dir = first.parent().map(Path::to_owned).unwrap_or_default();
         Self { dir, spec: model.spec().clone(), layout: Layout::Gguf(model), shards: Mutex::default() }
+    }
+
+    /// A model of this shape whose weights are made up as they are read, to measure its speed. What is packed in the way of a
+    /// training library counts as plain numbers; there is neither a tokenizer nor a chat template.
+    pub fn random(spec: ModelSpec) -> Self {
+        let spec = ModelSpec { packing: None, ..spec };
+        Self { dir: PathBuf::new(), spec, layout: Layout::Random, shards: Mutex::default() }
     }
 
     fn gguf(&self) -> Option<&GgufModel> {
@@ -164,6 +174,7 @@ impl Checkpoint {
             Layout::Single => BTreeSet::from([SINGLE]),
             Layout::Sharded(files) => files.values().map(String::as_str).collect(),
             Layout::Gguf(model) => return Ok(model.files()),
+            Layout::Random => return Ok(Vec::new()),
         };
         let path = |name: &str| {
             let path = self.dir.join(name);
@@ -220,6 +231,9 @@ impl Checkpoint {
         if let Some(model) = self.gguf() {
             return model.read(name, expected);
         }
+        if let Layout::Random = self.layout {
+            return random::rows(name, expected, std::iter::once(0..expected.first().copied().unwrap_or(1)));
+        }
         let (shard, name) = self.find(name)?;
         shard.read(&name, expected)
     }
@@ -237,6 +251,9 @@ impl Checkpoint {
         if let Some(model) = self.gguf() {
             return model.read_rows(name, expected, rows);
         }
+        if let Layout::Random = self.layout {
+            return random::rows(name, expected, rows);
+        }
         let (shard, name) = self.find(name)?;
         shard.read_rows(&name, expected, rows)
     }
@@ -246,6 +263,9 @@ impl Checkpoint {
     /// # Errors
     /// Those of [`Checkpoint::read`].
     pub fn read_bytes(&self, name: &str, expected: &[usize]) -> Result<Vec<u8>, CheckpointError> {
+        if let Layout::Random = self.layout {
+            return random::bytes(name, expected);
+        }
         let (shard, name) = self.find(name)?;
         shard.read_bytes(&name, expected)
     }
@@ -279,7 +299,7 @@ impl Checkpoint {
                     None => continue,
                 },
                 // What is read as bytes is only in safetensors files.
-                Layout::Gguf(_) => continue,
+                Layout::Gguf(_) | Layout::Random => continue,
             };
             let shard = self.shard(file)?;
             if shard.has(&name) {
@@ -292,7 +312,7 @@ impl Checkpoint {
         let searched = match &self.layout {
             Layout::Single => SINGLE,
             Layout::Sharded(_) => INDEX,
-            Layout::Gguf(_) => "",
+            Layout::Gguf(_) | Layout::Random => "",
         };
         Err(CheckpointError::MissingTensor { name: name.to_owned(), searched: self.dir.join(searched) })
     }
@@ -315,7 +335,7 @@ impl Checkpoint {
 
     fn missing_shard(&self, file: &str) -> CheckpointError {
         let named_by = match &self.layout {
-            Layout::Single | Layout::Gguf(_) => CONFIG,
+            Layout::Single | Layout::Gguf(_) | Layout::Random => CONFIG,
             Layout::Sharded(_) => INDEX,
         };
         CheckpointError::MissingShard { path: self.dir.join(file), named_by: named_by.to_owned() }

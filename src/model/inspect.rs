@@ -3,7 +3,7 @@
 //! Nothing is loaded for this, and of a model on the hub no weights are downloaded: the configuration says what the tensors
 //! are, and the headers of the weight files, which can be read alone, how they are stored.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, ops::Range};
 
 use serde::Serialize;
 
@@ -13,7 +13,7 @@ use super::{
     fingerprint::Fingerprint,
     hub::StoredTensor,
     source::{ModelSource, SourceError},
-    spec::{ModelSpec, TensorSpec, Values},
+    spec::{FfnSpec, HeadSpec, ModelSpec, TensorSpec, Values},
 };
 
 /// The formats that are reckoned, by the names that `--dtype` and `--quant` have for them.
@@ -278,6 +278,51 @@ impl Inspection {
     }
 }
 
+/// What weights take in the formats that they are loaded in, bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WeightBytes {
+    /// All of them.
+    pub all: u64,
+    /// Those that every step reads; `None` for mixtures, where that depends on the experts chosen. Of an embedding that isn't
+    /// the head, too, a step reads only some rows, which don't count.
+    pub a_step: Option<u64>,
+}
+
+impl WeightBytes {
+    /// Of some blocks, and of the edges where `edges` says so. Matrices are in `dtype` or packed as `quant` says, the rest in f32;
+    /// what the checkpoint has packed counts as it is in `stored`, the tensors of its files.
+    pub fn of(
+        spec: &ModelSpec,
+        (blocks, edges): (Range<usize>, bool),
+        (dtype, quant): (Dtype, Quant),
+        stored: &BTreeMap<String, StoredTensor>,
+    ) -> Self {
+        let format = match quant {
+            Quant::Auto | Quant::None => Format::Floats(dtype),
+            quant => Format::Quantized(quant),
+        };
+        let keeps_packed = quant == Quant::Auto && !stored.is_empty();
+        let plain = ModelSpec { packing: None, ..spec.clone() };
+        let spec = if keeps_packed { spec } else { &plain };
+        let bytes = |tensor: &TensorSpec| {
+            let found = spellings(&tensor.name).into_iter().find_map(|name| stored.get(&name));
+            let is_packed = |found: &&StoredTensor| !matches!(found.dtype.as_str(), "F32" | "F16" | "BF16");
+            match found.filter(is_packed) {
+                Some(packed) if keeps_packed => packed.bytes,
+                _ => format.tensor_bytes(tensor),
+            }
+        };
+        let is_mixture = spec.blocks[blocks.clone()].iter().any(|block| matches!(block.ffn, FfnSpec::Experts(_)));
+        let of_blocks: u64 = blocks.flat_map(|block| spec.block_tensors(block)).map(|tensor| bytes(&tensor)).sum();
+        let edges = if edges { spec.edge_tensors() } else { Vec::new() };
+        let own_head = matches!(&spec.edges.head, HeadSpec::Separate(_));
+        let looked_up: u64 =
+            edges.iter().filter(|tensor| own_head && tensor.name == spec.edges.embedding).map(bytes).sum();
+        let all = of_blocks + edges.iter().map(bytes).sum::<u64>();
+        Self { all, a_step: (!is_mixture).then_some(all - looked_up) }
+    }
+}
+
 /// Memory that is free on this machine now, bytes; 0 where the system doesn't say.
 pub fn free_memory_bytes() -> u64 {
     let Ok(mut system) = sysinfo::System::new() else { return 0 };
@@ -338,6 +383,25 @@ mod tests {
             assert!(inspection.kv_bytes_per_token["q8"].all * 2 < kv.all);
             assert!(kv.block * inspection.blocks as u64 >= kv.all && kv.block > 0);
             assert_eq!(inspection.fits.blocks["f32"], inspection.blocks, "such a small model fits anywhere");
+        }
+    }
+
+    #[tokio::test]
+    async fn weights_by_themselves_are_what_is_inspected() {
+        for fixture in ["llama", "qwen3", "qwen3_moe", "gpt_oss"] {
+            let (source, inspection) = inspect(fixture).await;
+            let spec = source.spec();
+            let of =
+                |blocks, edges, quant| WeightBytes::of(spec, (blocks, edges), (Dtype::Bf16, quant), &BTreeMap::new());
+            let blocks = 0..spec.num_blocks();
+            let all = of(blocks.clone(), true, Quant::Q8_0);
+            assert_eq!(all.all, inspection.all_blocks_bytes["q8_0"] + inspection.edges_bytes["q8_0"], "{fixture}");
+            assert_eq!(of(blocks.clone(), false, Quant::Auto).all, inspection.all_blocks_bytes["bf16"], "{fixture}");
+            let dense = matches!(fixture, "llama" | "qwen3");
+            assert_eq!(all.a_step.is_some(), dense, "{fixture}");
+            let stored = source.stored_tensors().await.unwrap();
+            let kept = WeightBytes::of(spec, (blocks, true), (Dtype::F32, Quant::Auto), &stored);
+            assert!(kept.all >= inspection.stored.dtypes.values().sum(), "{fixture}: {kept:?}");
         }
     }
 

@@ -249,7 +249,7 @@ impl ModelSource {
     /// # Errors
     /// Where one can't be had.
     pub async fn fetch_blocks(&self, blocks: Range<usize>) -> Result<Checkpoint, SourceError> {
-        self.open_with(&Part::Blocks(blocks)).await
+        self.open_part(&Part::Blocks(blocks)).await
     }
 
     /// Opens the checkpoint with the files that hold the edges.
@@ -257,10 +257,14 @@ impl ModelSource {
     /// # Errors
     /// Where one can't be had.
     pub async fn fetch_edges(&self) -> Result<Checkpoint, SourceError> {
-        self.open_with(&Part::Edges).await
+        self.open_part(&Part::Edges).await
     }
 
-    async fn open_with(&self, part: &Part) -> Result<Checkpoint, SourceError> {
+    /// Opens the checkpoint with the files that hold a part of it.
+    ///
+    /// # Errors
+    /// Where one can't be had.
+    pub async fn open_part(&self, part: &Part) -> Result<Checkpoint, SourceError> {
         match &self.files {
             Files::Model(files) => {
                 self.fetch(part).await?;

@@ -1,6 +1,7 @@
 //! End-to-end tests: real processes of the `helion` binary on loopback, used as a person would.
 
 mod bad_input;
+mod bench;
 mod churn;
 mod evil;
 mod faults;

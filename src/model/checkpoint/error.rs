@@ -142,6 +142,14 @@ pub enum CheckpointError {
         /// The shape that was asked for.
         expected: Vec<usize>,
     },
+    /// A tensor of made-up numbers doesn't fit into memory.
+    #[error("tensor {name:?} of shape {shape:?} does not fit into this machine's memory")]
+    TooLarge {
+        /// Its name.
+        name: String,
+        /// The shape that the configuration implies.
+        shape: Vec<usize>,
+    },
     /// The operating system refused.
     #[error("{}: {source}", path.display())]
     Io {
