@@ -10,7 +10,7 @@ use clap::{Args, builder::RangedU64ValueParser};
 use serde::Serialize;
 
 use super::{
-    arguments::{DtypeArg, ModelArgs, Usage, block_range, count, device},
+    arguments::{DtypeArg, KvDtypeArg, ModelArgs, Usage, block_range, count, device, threads},
     output::{print, print_json},
     progress::Progress,
     signals::Signals,
@@ -45,6 +45,12 @@ pub(super) struct BenchArgs {
     /// How matrices are quantized: auto (as stored), none, q8_0, q4_0, q4_k or q6_k.
     #[arg(long, env = "HELION_QUANT", value_name = "QUANT", default_value_t = Quant::Auto)]
     quant: Quant,
+    /// What to keep keys and values in: auto is as --dtype, q8 codes of 8 bits.
+    #[arg(long, value_enum, default_value_t = KvDtypeArg::Auto)]
+    kv_dtype: KvDtypeArg,
+    /// Threads that compute [default: one a core].
+    #[arg(long, value_name = "N", value_parser = threads())]
+    threads: Option<usize>,
     /// Where to compute: auto, cpu or cuda:N.
     #[arg(long, default_value = "auto", value_parser = device)]
     device: DeviceChoice,
@@ -81,7 +87,7 @@ struct Report {
     /// What the matrices are packed in, or `none`.
     quant: &'static str,
     threads: usize,
-    device: &'static str,
+    device: String,
     prefill: Vec<PrefillSpeed>,
     decode: Vec<DecodeSpeed>,
     /// What the weights take in their formats, by themselves.
@@ -124,6 +130,7 @@ async fn bench(args: BenchArgs) -> anyhow::Result<()> {
         let message = format!("--blocks {}:{} is not in the model, which has blocks 0:{all}", span.start, span.end);
         return Err(Usage(message).into());
     }
+    args.check(source.spec().max_context)?;
     let dtype = args.dtype.dtype().unwrap_or(source.spec().stored_dtype);
     let edges = args.blocks.is_none();
     let (checkpoint, stored) = if args.random_weights {
@@ -142,7 +149,7 @@ async fn bench(args: BenchArgs) -> anyhow::Result<()> {
         anyhow::Ok((measure(&measured, &args, name, weights)?, kernels))
     });
     let (report, kernels) = report.await??;
-    if json { Ok(print_json(&report)?) } else { Ok(print(format_args!("{}", table(&report, kernels, weights)))?) }
+    if json { Ok(print_json(&report)?) } else { Ok(print(format_args!("{}", table(&report, &kernels, weights)))?) }
 }
 
 fn load(checkpoint: &Checkpoint, args: &BenchArgs, (span, dtype): (Range<usize>, Dtype)) -> anyhow::Result<Measured> {
@@ -150,18 +157,41 @@ fn load(checkpoint: &Checkpoint, args: &BenchArgs, (span, dtype): (Range<usize>,
     let most = decode.chain(args.prefill.iter().copied()).max().unwrap_or(0);
     // New sessions leave a part of the pool free.
     let cache_tokens = most.saturating_add(most / (WATERMARK_SHARE - 1)).saturating_add(WATERMARK_SHARE * 16);
-    let options =
-        EngineOptions { device: args.device, quant: args.quant, cache_tokens, ..EngineOptions::new(span, dtype) };
+    let options = EngineOptions {
+        device: args.device,
+        quant: args.quant,
+        cache_tokens,
+        threads: args.threads,
+        kv_dtype: args.kv_dtype.dtype(),
+        ..EngineOptions::new(span, dtype)
+    };
     let progress = Progress::new("loading blocks");
     let engine = Engine::load(checkpoint, options, &mut |done, of| progress.update(done as u64, of as u64))?;
-    let edges = args
-        .blocks
-        .is_none()
-        .then(|| Edges::load(checkpoint, EdgesOptions { dtype, quant: args.quant, device: args.device }));
+    let options = EdgesOptions { dtype, quant: args.quant, device: args.device, threads: args.threads };
+    let edges = args.blocks.is_none().then(|| Edges::load(checkpoint, options));
     Ok(Measured { engine, edges: edges.transpose()? })
 }
 
 impl BenchArgs {
+    /// Fails where a sequence would be longer than the model's context.
+    fn check(&self, max_context: usize) -> Result<(), Usage> {
+        let longest = self.prefill.iter().copied().max().unwrap_or(0);
+        if longest > max_context {
+            return Err(Usage(format!(
+                "--prefill {longest} is longer than the model's context of {max_context} tokens"
+            )));
+        }
+        let tokens = self.context.saturating_add(self.steps).saturating_add(1);
+        if tokens > max_context {
+            let message = format!(
+                "--context {} and --steps {} make {tokens} tokens with the first step, and the model's context holds {max_context}",
+                self.context, self.steps
+            );
+            return Err(Usage(message));
+        }
+        Ok(())
+    }
+
     fn decode(&self, lanes: usize) -> Decode {
         Decode { context: self.context, ..Decode::new(lanes, self.steps) }
     }
@@ -173,7 +203,8 @@ fn measure(measured: &Measured, args: &BenchArgs, model: String, weights: Weight
         Some(edges) => Speed::of_model(engine, edges),
         None => Speed::of_blocks(engine),
     };
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = args.threads.unwrap_or_else(cores);
     let progress = Progress::new("measuring");
     let of = (args.rounds * (args.prefill.len() + args.lanes.len() + 1)) as u64;
     let mut done = 0;
@@ -205,7 +236,8 @@ fn measure(measured: &Measured, args: &BenchArgs, model: String, weights: Weight
         dtype: engine.dtype(),
         quant: engine.quantization(),
         threads,
-        device: "cpu",
+        // `cpu-kv-q8` is a kernel path of the device `cpu`.
+        device: engine.kernel_path().split('-').next().unwrap_or_default().to_owned(),
         prefill: prefill
             .map(|(tokens, speeds)| PrefillSpeed { tokens: *tokens, tokens_per_second: median(speeds) })
             .collect(),
