@@ -27,16 +27,16 @@
 //!
 //! The KV cache is allocated at start, in pages of [`PAGE_TOKENS`] tokens. A [`Cache`] owns the pages of one session and
 //! gives them back when it is dropped. Lanes that were copied and sessions that share a prefix ([`Cache::copy_lane`],
-//! [`Cache::share_prefix`]) hold the same pages, and a step that writes to one of these gets a copy of it. Pages for a whole step are taken before it begins; a step that can't get them
-//! waits in order until its deadline, sessions that run before new ones, and new ones leave one part in
-//! [`WATERMARK_SHARE`] of the pool free.
+//! [`Cache::share_prefix`]) hold the same pages, and a step that writes to one of these gets a copy of it. Pages for a
+//! whole step are taken before it begins; a step that can't get them waits in order until its deadline, sessions that run
+//! before new ones, and new ones leave one part in [`WATERMARK_SHARE`] of the pool free.
 //!
 //! # Threads
 //!
-//! One thread runs the batcher and the passes. It shares them between sessions that decode and prompts, so that the former never
-//! wait for long, and between owners, so that nobody gets more by opening more sessions (`engine/schedule.rs`). It belongs to a pool
-//! with a thread for each core, or as many as are asked for, of which large products
-//! use the others; a small model's step never leaves its thread.
+//! One thread runs the batcher and the passes. It shares them between sessions that decode and prompts, so that the former
+//! never wait for long, and between owners, so that nobody gets more by opening more sessions (`engine/schedule.rs`). It
+//! belongs to a pool with a thread for each core, or as many as are asked for, of which large products use the others; a
+//! small model's step never leaves its thread.
 
 mod alibi;
 mod attention;

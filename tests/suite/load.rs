@@ -253,7 +253,7 @@ fn sessions_that_come_and_go_get_what_they_get_alone() {
     drop(prefixes);
     let load = engine.load_now();
     println!("{} steps, {} rows in {} passes, {:?} busy", load.steps, load.rows, load.passes, load.busy);
-    assert!(records.len() as u64 >= SESSIONS && load.passes > 0);
+    assert!(!records.is_empty() && load.rows >= load.tokens);
     assert_eq!((load.queue, load.cache_tokens_left, load.cache_tokens_shared), (0, cache_tokens, 0));
     assert_eq!(load.late_decodes, 0, "a decode step met a second chunk of a prompt");
     verify(records, &self::load("gemma3_text", |_| {}));
