@@ -66,19 +66,19 @@ def arguments():
                         help="the folder of llama.cpp's programs [default: LLAMA_CPP_BIN]")
     parser.add_argument("--helion", type=Path, default=ROOT / "target/release/helion", help="Helion's program")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "helion-compare",
-                        help="where checkpoints are kept: 2.2 GB a shape of half a billion, 4.6 GB for both at --quick")
+                        help="where checkpoints are kept: 3.4 GB of Qwen3-0.6B, 7 GB of Llama-3.2-1B")
     parser.add_argument("--shapes", default=",".join(checkpoints.SHAPES), help="which shapes")
     parser.add_argument("--formats", default=",".join(FORMATS), help="which formats")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="what llama.cpp and torch get; Helion takes all")
     parser.add_argument("--parts", default="engine,torch,network,rpc,memory", help="which comparisons")
-    parser.add_argument("--quick", action="store_true", help="one shape, two rounds")
+    parser.add_argument("--quick", action="store_true", help="one shape, three rounds")
     parser.add_argument("--out", type=Path, help="every sample, as JSON")
     args = parser.parse_args()
     if args.llama is None:
         parser.error("where is llama.cpp? Give --llama or set LLAMA_CPP_BIN")
     if args.quick:
-        args.shapes, args.rounds = "qwen3-0.6b", 2
+        args.shapes, args.rounds = "qwen3-0.6b", 3
     return args
 
 
