@@ -93,7 +93,8 @@ struct Slot {
     history_bytes: HeldBytes,
     /// `None` until the first opening is done.
     session: Option<Arc<HopSession>>,
-    opening: bool,
+    /// The epoch of the opening that is under way. One with a newer ticket takes its place.
+    opening: Option<u64>,
 }
 
 /// A node's sessions. See the module's docs.
@@ -339,10 +340,11 @@ impl Sessions {
             if slot.client != ticket.client {
                 return Err(Refusal::new(Code::NotAllowed, "the session belongs to another client"));
             }
-            if slot.opening {
+            // A route may change while this node still tries to reach the next hop of the old one.
+            if slot.opening.is_some_and(|epoch| epoch >= ticket.epoch) {
                 return Err(Refusal::new(Code::Busy, "the session is being opened already"));
             }
-            slot.opening = true;
+            slot.opening = Some(ticket.epoch);
             return Ok(());
         }
         if sessions.len() >= self.settings.max_sessions {
@@ -359,16 +361,17 @@ impl Sessions {
             Some(slot) => (slot.held.clone(), slot.history_bytes.clone()),
             None => (self.held.share(CLIENTS_SHARE), self.history_bytes.share(CLIENTS_SHARE)),
         };
-        let slot = Slot { client: ticket.client, held, history_bytes, session: None, opening: true };
+        let slot = Slot { client: ticket.client, held, history_bytes, session: None, opening: Some(ticket.epoch) };
         sessions.insert(ticket.session, slot);
         Ok(())
     }
 
     /// Goes on with an opening that has its slot: connects to the next hop, opens the session, answers.
     async fn open(self: Arc<Self>, link: Link, header: proto::Frame, opening: Opening) {
-        let id = opening.ticket.session;
+        let (id, epoch) = (opening.ticket.session, opening.ticket.epoch);
         match self.finish_open(&link, opening).await {
-            Ok(opened) => {
+            Ok(None) => tracing::debug!(session = %id, epoch, "an opening was overtaken by a newer one"),
+            Ok(Some(opened)) => {
                 let header = proto::Frame { body: Some(proto::frame::Body::Opened(opened)), ..header };
                 if link.send(Frame { header, payload: Bytes::new() }).is_err() {
                     tracing::debug!(peer = %link.peer(), "the client left while its session was opened");
@@ -376,7 +379,10 @@ impl Sessions {
             }
             Err(refusal) => {
                 if let Entry::Occupied(mut slot) = self.lock().entry(id) {
-                    slot.get_mut().opening = false;
+                    if slot.get().opening.is_some_and(|newest| newest > epoch) {
+                        return;
+                    }
+                    slot.get_mut().opening = None;
                     if slot.get().session.is_none() {
                         slot.remove();
                         self.ended.notify_waiters();
@@ -387,7 +393,8 @@ impl Sessions {
         }
     }
 
-    async fn finish_open(&self, link: &Link, opening: Opening) -> Result<proto::Opened, Refusal> {
+    /// `None` where a newer ticket was shown meanwhile: its opening has the slot, and answers.
+    async fn finish_open(&self, link: &Link, opening: Opening) -> Result<Option<proto::Opened>, Refusal> {
         use proto::Code;
         let Opening { ticket, next } = opening;
         let Some(host) = self.host.get() else {
@@ -405,7 +412,10 @@ impl Sessions {
             let Some(slot) = sessions.get_mut(&ticket.session) else {
                 return Err(Refusal::new(Code::UnknownSession, "the session was closed while it was opened"));
             };
-            slot.opening = false;
+            if slot.opening.is_some_and(|newest| newest > ticket.epoch) {
+                return Ok(None);
+            }
+            slot.opening = None;
             match slot.session.clone() {
                 Some(session) => {
                     session.reopen(ticket, links, now)?;
@@ -430,7 +440,7 @@ impl Sessions {
         for link in [Some(link), watched.as_ref()].into_iter().flatten().filter(|link| link.is_closed()) {
             session.link_closed(link, now);
         }
-        Ok(session.opened())
+        Ok(Some(session.opened()))
     }
 
     /// What the node says of itself when asked.

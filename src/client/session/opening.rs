@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::future;
 use libp2p::PeerId;
 
-use super::{Repairs, Route, RouteHop, Session, SessionError};
+use super::{Repairs, Route, RouteHop, Session, SessionError, shows_life};
 use crate::{
     client::Client,
     swarm::{
@@ -21,6 +21,9 @@ use crate::{
         ticket::{SessionId, SessionLimits, Ticket},
     },
 };
+
+/// How long a hop that lives may take to open a session. It reports a next hop that it can't reach sooner than that.
+const OPENING_OF_THE_LIVING: Duration = Duration::from_secs(12);
 
 /// How long a ticket may be used to open a session.
 const TICKET_LIFETIME: Duration = Duration::from_secs(3600);
@@ -114,18 +117,32 @@ impl Session {
         Ok(())
     }
 
-    /// Waits until these hops hold the session, and returns what each of them has of it.
+    /// Waits until these hops hold the session, and returns what each of them has of it. A hop that doesn't even answer a ping
+    /// `within` this time is lost; one that does is only waiting for the hop behind it.
     pub(super) async fn wait_until_open(
         &mut self,
         hops: &[usize],
         within: Duration,
     ) -> Result<HashMap<PeerId, proto::Opened>, SessionError> {
-        let deadline = tokio::time::Instant::now() + within;
+        let asked = Instant::now();
+        for hop in hops {
+            self.send_to(&self.hops[*hop], proto::frame::Body::Ping(proto::Ping { nonce: 0 }), Bytes::new())?;
+        }
+        let mut deadline = asked + within;
         let mut opened = HashMap::new();
-        while let Some(waiting) = hops.iter().map(|hop| self.hops[*hop].peer).find(|peer| !opened.contains_key(peer)) {
-            let Ok(event) = tokio::time::timeout_at(deadline, self.mailbox.next()).await else {
-                let why = format!("it did not open the session within {:.0} s", within.as_secs_f64());
-                return Err(self.silent(waiting, why));
+        loop {
+            let waiting: Vec<&HopLink> =
+                hops.iter().map(|hop| &self.hops[*hop]).filter(|hop| !opened.contains_key(&hop.peer)).collect();
+            let Some(&first) = waiting.first() else { break };
+            let Ok(event) = tokio::time::timeout_at(deadline.into(), self.mailbox.next()).await else {
+                let dead = waiting.iter().find(|hop| !shows_life(&hop.link, asked));
+                let patience = asked + within.max(OPENING_OF_THE_LIVING);
+                if dead.is_none() && deadline < patience {
+                    deadline = patience;
+                    continue;
+                }
+                let why = format!("it did not open the session within {:.0} s", asked.elapsed().as_secs_f64());
+                return Err(self.silent(dead.copied().unwrap_or(first).peer, why));
             };
             if let Some((from, proto::frame::Body::Opened(answer), _)) = self.sift(event)? {
                 opened.insert(from, answer);

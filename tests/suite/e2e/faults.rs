@@ -179,7 +179,8 @@ impl Outcome {
 /// One hop is lost once.
 async fn one_loss(losses: &'static [(usize, &'static str, Moment)], family: &'static str) {
     let outcome = run(Case { family, losses, ..Case::default() }).await;
-    assert_eq!(outcome.recoveries(), 1);
+    let recoveries = outcome.events.iter().filter(|event| matches!(event, GenerationEvent::Recovery { .. }));
+    assert_eq!(outcome.recoveries(), 1, "{:?}", recoveries.collect::<Vec<_>>());
     assert!(outcome.generation.route.iter().all(|hop| !outcome.lost.contains(&hop.peer_id)));
     outcome.only_what_was_lost_is_computed_again().await;
     for node in outcome.nodes.iter().filter(|node| outcome.lost.contains(&node.peer_id)) {

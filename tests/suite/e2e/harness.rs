@@ -353,6 +353,9 @@ pub(super) fn network(peer: &Server) -> SwarmConfig {
 
 /// A client in this process, in f32.
 pub(super) async fn client(model: &Path, peer: &Server, patience: Patience) -> Client {
+    // With RUST_LOG, a test that fails shows what its client did; another test's client may have begun it.
+    let log = tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env());
+    let _ = log.with_test_writer().try_init();
     let source = ModelSource::open(&model.display().to_string(), HubOptions::default()).await.unwrap();
     let identity = ModelIdentity::of(&source).await.unwrap();
     let checkpoint = source.fetch_edges().await.unwrap();

@@ -170,6 +170,52 @@ async fn a_stranger_who_knows_a_sessions_id_can_do_nothing_to_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_newer_ticket_takes_the_place_of_an_opening_that_waits() {
+    let (place, model) = (Place::new(), fixture("llama"));
+    let (bootstrap, _nodes) = place.swarm(&model, &["0:3", "3:6"], &[]);
+    let client = client(&model, &bootstrap).await;
+    let peers = client.observer().look_up().await.unwrap().peers;
+    let of = |start: usize| peers.iter().find(|peer| peer.announcement.span.start == start).unwrap();
+    let (hop, last) = (&of(0).announcement, &of(3).announcement);
+    // The next hop takes connections and says nothing.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("/ip4/127.0.0.1/tcp/{}", listener.local_addr().unwrap().port()).parse().unwrap();
+    let mute = helion::swarm::Identity::ephemeral();
+    let announcement = Announcement { peer_id: mute.peer_id(), addresses: vec![address], ..last.clone() };
+    let signed = announcement.sign(mute.keypair(), helion::swarm::announcement::unix_ms()).unwrap();
+
+    let mut stranger = Stranger::join(&bootstrap).await;
+    let own = stranger.swarm.peer_id();
+    let keypair = stranger.swarm.identity().keypair().clone();
+    let id = SessionId::random();
+    let ticket = |epoch: u64, downstream| Ticket {
+        session: id,
+        epoch,
+        client: own,
+        hop: hop.peer_id,
+        upstream: own,
+        downstream,
+        dht_prefix: client.model().identity().dht_prefix.clone(),
+        fingerprint: client.model().identity().fingerprint,
+        blocks: 0..3,
+        wire_dtype: Dtype::F32,
+        limits: limits(40),
+        expires_unix_ms: u64::MAX / 2,
+    };
+    let mut open = ticket(1, mute.peer_id()).sign(&keypair).unwrap();
+    open.next = Some(signed);
+    let link = stranger.swarm.link(hop.peer_id, &hop.addresses).await.unwrap();
+    link.send(Frame::bare(frame(id, 1, proto::frame::Body::Open(open)))).unwrap();
+    // The same ticket again changes nothing; the next one does.
+    let again = ticket(1, own).sign(&keypair).unwrap();
+    let refused = stranger.is_refused(hop, frame(id, 1, proto::frame::Body::Open(again)), vec![]).await;
+    assert_eq!(refused, proto::Code::Busy);
+    let newer = ticket(2, own).sign(&keypair).unwrap();
+    let answer = stranger.ask(hop, frame(id, 2, proto::frame::Body::Open(newer)), vec![]).await;
+    assert!(matches!(answer, proto::frame::Body::Opened(_)), "{answer:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_hop_can_not_speak_for_the_client() {
     // The second hop's place in the chain gives it no right to the first hop's session.
     let (place, model) = (Place::new(), fixture("llama"));
