@@ -194,9 +194,9 @@ impl Client {
         Ok(view)
     }
 
-    /// Opens a session on the best route, or on the next best where a hop can't be reached or has no room. A warm client goes
-    /// by what it knows of the swarm; where that fails, or is not enough, it looks again. An incomplete swarm is looked up
-    /// until `wait` is over.
+    /// Opens a session on the best route, or on the next best where a hop can't be reached. A warm client goes by what it knows of
+    /// the swarm and waits for nothing: a hop that refuses the session or is gone is replaced as the first step is awaited. Where
+    /// what is known fails, or is not enough, the client looks again. An incomplete swarm is looked up until `wait` is over.
     ///
     /// # Errors
     /// [`Incomplete`] where blocks have no peer that answers, or the last attempt's error.
@@ -223,10 +223,7 @@ impl Client {
             };
             attempts += 1;
             match Session::open(self, &route, limits).await {
-                Ok(session) => {
-                    route.hops.iter().for_each(|hop| self.succeeded(hop.announcement.peer_id));
-                    return Ok((session, route));
-                }
+                Ok(session) => return Ok((session, route)),
                 Err(error) => match error.peer_to_avoid() {
                     Some(peer) => {
                         tracing::warn!(%error, "trying another route");

@@ -6,6 +6,7 @@
 
 pub mod bootstrap;
 pub mod border;
+mod early;
 mod held;
 pub mod log;
 pub mod placement;

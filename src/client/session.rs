@@ -1,7 +1,7 @@
 //! A session: one KV cache across the hops of a route, as its client sees it.
 //!
-//! The client opens the session on every hop with a signed ticket (`opening`), then sends numbered steps to the first hop and
-//! receives each answer from the last one. It never waits in vain: a hop that answers with a fault, whose link ends, or that
+//! The client opens the session on every hop with a signed ticket (`opening`) and sends numbered steps to the first hop, the
+//! first ones along with the tickets; it receives each answer from the last hop. It never waits in vain: a hop that answers with a fault, whose link ends, or that
 //! doesn't answer a ping while a step is overdue is lost, and another one takes its place (`repair`): the hop before it
 //! replays what it had sent on, the others keep what they have, and the steps under way go on. Whoever uses the session
 //! sees a pause, and later what happened ([`Session::take_recoveries`]).
@@ -45,7 +45,7 @@ use crate::{
 /// How long a client waits, and for what.
 #[derive(Debug, Clone, Copy)]
 pub struct Patience {
-    /// For every hop to accept the session.
+    /// For every hop to be reached, and then to accept the session.
     pub opening: Duration,
     /// For a step's answer before the hops are asked whether they live.
     pub overdue: Duration,
@@ -202,6 +202,8 @@ pub struct Session {
     id: SessionId,
     epoch: u64,
     hops: Vec<HopLink>,
+    /// Hops that have not said yet that they hold the session.
+    unopened: HashSet<PeerId>,
     mailbox: Mailbox,
     limits: SessionLimits,
     wire_dtype: Dtype,
@@ -350,6 +352,9 @@ impl Session {
                         }
                     }
                     Some((from, proto::frame::Body::Replayed(replayed), _)) => self.told(from, &replayed)?,
+                    Some((from, proto::frame::Body::Opened(_), _)) => {
+                        self.unopened.remove(&from);
+                    }
                     Some((from, proto::frame::Body::Pong(_), _)) => {
                         if let Some((_, silent)) = &mut watch.asked {
                             silent.remove(&from);
@@ -373,6 +378,12 @@ impl Session {
             return Err(self.silent(hop.peer, why));
         }
         let waited = now.duration_since(since);
+        if waited >= self.client.patience().opening
+            && let Some(hop) = self.hops.iter().find(|hop| self.unopened.contains(&hop.peer))
+        {
+            let why = format!("it did not open the session within {:.0} s", waited.as_secs_f64());
+            return Err(self.silent(hop.peer, why));
+        }
         if waited >= self.client.patience().step {
             let number = self.sent.front().map_or(0, |sent| sent.header.number);
             return Err(SessionError::Overdue { number, waited });
@@ -421,6 +432,9 @@ impl Session {
         };
         let number = sent.header.number;
         self.sent.pop_front();
+        if self.confirmed == 0 {
+            self.hops.iter().for_each(|hop| self.client.succeeded(hop.peer));
+        }
         self.confirmed = number;
         self.last_answer = Instant::now();
         let micros = |us: u32| Duration::from_micros(u64::from(us));

@@ -35,6 +35,11 @@ impl Refusal {
     pub(crate) fn new(code: proto::Code, message: impl Into<String>) -> Self {
         Self { code, message: message.into(), about: None }
     }
+
+    /// Also where there is one and the sender has no part in it, so that a stranger learns nothing.
+    pub(crate) fn unknown_session() -> Self {
+        Self::new(proto::Code::UnknownSession, "no such session with this peer upstream of it")
+    }
 }
 
 /// What a hop is: the part of its state that a ticket is held against.

@@ -21,7 +21,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     border::{Hosted, Refusal},
-    held::HeldBytes,
+    early::Early,
+    held::{HeldBytes, HeldPermit},
     session::{Counts, HopSession, Links, Means, NotTaken},
 };
 use crate::{
@@ -83,6 +84,9 @@ pub(crate) struct Host {
 /// One client may hold this part of what the node may.
 const CLIENTS_SHARE: usize = 2;
 
+/// Steps that came before their tickets may hold this part of what the node may: nobody has vouched for them.
+const EARLY_SHARE: usize = 8;
+
 /// A session's place on the node. It is taken before the opening waits for anything, so that a close finds it, and so that
 /// openings count.
 struct Slot {
@@ -97,6 +101,15 @@ struct Slot {
     opening: Option<u64>,
 }
 
+/// A step that came before its session was open.
+struct EarlyStep {
+    link: Link,
+    header: proto::Frame,
+    step: proto::Step,
+    payload: Bytes,
+    _permit: HeldPermit,
+}
+
 /// A node's sessions. See the module's docs.
 pub struct Sessions {
     settings: SessionSettings,
@@ -104,8 +117,11 @@ pub struct Sessions {
     leaving: AtomicBool,
     held: HeldBytes,
     history_bytes: HeldBytes,
+    early_bytes: HeldBytes,
     counts: Arc<Counts>,
     sessions: Mutex<HashMap<SessionId, Slot>>,
+    /// Only looked at under the lock of the sessions, so that no step is missed when its session comes.
+    early: Mutex<Early<EarlyStep>>,
     steps: AtomicU64,
     refused: AtomicU64,
     /// A session ended.
@@ -117,11 +133,14 @@ pub struct Sessions {
 impl Sessions {
     /// No sessions yet, and none accepted until its blocks are loaded.
     pub fn new(settings: SessionSettings) -> Arc<Self> {
+        let held = HeldBytes::new(settings.held_bytes);
         Arc::new(Self {
             settings,
             host: OnceLock::new(),
             leaving: AtomicBool::new(false),
-            held: HeldBytes::new(settings.held_bytes),
+            early_bytes: held.share(EARLY_SHARE),
+            early: Mutex::default(),
+            held,
             history_bytes: HeldBytes::new(settings.history_bytes),
             counts: Arc::default(),
             sessions: Mutex::default(),
@@ -198,11 +217,24 @@ impl Sessions {
                 self.ended.notify_waiters();
             }
         }
+        let late = {
+            let sessions = self.lock();
+            let being_opened = |id| sessions.get(&id).is_some_and(|slot| slot.opening.is_some());
+            self.early().expire(now, being_opened)
+        };
+        for EarlyStep { link, header, step, .. } in late {
+            self.refuse(&link, &header, Refusal::unknown_session(), step.number);
+        }
     }
 
     /// The map is changed in single operations, so a panic elsewhere can't leave it half changed.
     fn lock(&self) -> MutexGuard<'_, HashMap<SessionId, Slot>> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Of the same kind.
+    fn early(&self) -> MutexGuard<'_, Early<EarlyStep>> {
+        self.early.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn all(&self) -> Vec<Arc<HopSession>> {
@@ -241,19 +273,48 @@ impl Sessions {
 
     fn step(&self, link: &Link, header: proto::Frame, step: proto::Step, payload: Bytes) {
         let number = step.number;
-        let unknown = || Refusal::new(proto::Code::UnknownSession, "no such session with this peer upstream of it");
-        let Some(session) = SessionId::from_wire(&header.session).and_then(|id| self.get(id)) else {
-            return self.refuse(link, &header, unknown(), number);
+        let Some(id) = SessionId::from_wire(&header.session) else {
+            return self.refuse(link, &header, Refusal::unknown_session(), number);
         };
+        let session = {
+            let sessions = self.lock();
+            match sessions.get(&id).and_then(|slot| slot.session.clone()) {
+                Some(session) => session,
+                // Its client has no answer yet, so its ticket may be on the way.
+                None if step.confirmed == 0 => return self.hold_early(link, header, step, payload),
+                None => return self.refuse(link, &header, Refusal::unknown_session(), number),
+            }
+        };
+        self.step_of(&session, Origin { link, header: &header }, step, payload);
+    }
+
+    /// Keeps a step until its session is open. The caller holds the lock of the sessions.
+    fn hold_early(&self, link: &Link, header: proto::Frame, step: proto::Step, payload: Bytes) {
+        let Some(id) = SessionId::from_wire(&header.session) else { return };
+        let number = step.number;
+        let busy = "too many steps wait here for their sessions to be opened: send them later";
+        let Some(permit) = self.early_bytes.take(payload.len()) else {
+            return self.refuse(link, &header, Refusal::new(proto::Code::Busy, busy), number);
+        };
+        let early = EarlyStep { link: link.clone(), header, step, payload, _permit: permit };
+        if let Err(early) = self.early().hold(id, link.peer(), early, Instant::now()) {
+            self.refuse(link, &early.header, Refusal::new(proto::Code::Busy, busy), number);
+        }
+    }
+
+    /// Hands a step to its session.
+    fn step_of(&self, session: &Arc<HopSession>, from: Origin<'_>, step: proto::Step, payload: Bytes) {
+        let Origin { link, header } = from;
+        let number = step.number;
         match session.step(link, header.epoch, (step, payload), Instant::now()) {
             Ok(()) => {
                 self.steps.fetch_add(1, Ordering::Relaxed);
             }
             // The answer is that for an unknown session: a stranger learns nothing.
-            Err(NotTaken::NotUpstream) => self.refuse(link, &header, unknown(), number),
+            Err(NotTaken::NotUpstream) => self.refuse(link, header, Refusal::unknown_session(), number),
             Err(NotTaken::NoRoom) => {
                 let message = "too many bytes of waiting steps are held here: send fewer or smaller ones at a time";
-                self.refuse(link, &header, Refusal::new(proto::Code::Busy, message), number);
+                self.refuse(link, header, Refusal::new(proto::Code::Busy, message), number);
             }
         }
     }
@@ -274,10 +335,7 @@ impl Sessions {
         };
         match taken {
             Ok(()) => {}
-            Err(NotTaken::NotUpstream) => {
-                let message = "no such session with this peer upstream of it";
-                self.refuse(link, header, Refusal::new(proto::Code::UnknownSession, message), 0);
-            }
+            Err(NotTaken::NotUpstream) => self.refuse(link, header, Refusal::unknown_session(), 0),
             Err(NotTaken::NoRoom) => {
                 let message = "too many bytes of waiting steps are held here";
                 self.refuse(link, header, Refusal::new(proto::Code::Busy, message), 0);
@@ -295,6 +353,7 @@ impl Sessions {
                     session.close();
                 }
                 sessions.remove(&id);
+                self.early().take(id);
                 self.ended.notify_waiters();
             }
             Some(_) => {
@@ -385,6 +444,7 @@ impl Sessions {
                     slot.get_mut().opening = None;
                     if slot.get().session.is_none() {
                         slot.remove();
+                        self.early().take(id);
                         self.ended.notify_waiters();
                     }
                 }
@@ -407,7 +467,7 @@ impl Sessions {
         let id = ticket.session;
         let links = Links { control: link.clone(), downstream };
         let (watched, now) = (links.downstream.clone(), Instant::now());
-        let session = {
+        let (session, early) = {
             let mut sessions = self.lock();
             let Some(slot) = sessions.get_mut(&ticket.session) else {
                 return Err(Refusal::new(Code::UnknownSession, "the session was closed while it was opened"));
@@ -416,7 +476,7 @@ impl Sessions {
                 return Ok(None);
             }
             slot.opening = None;
-            match slot.session.clone() {
+            let session = match slot.session.clone() {
                 Some(session) => {
                     session.reopen(ticket, links, now)?;
                     session
@@ -434,11 +494,15 @@ impl Sessions {
                     tracing::debug!(session = %id, client = %slot.client, "session opened");
                     slot.session.insert(Arc::new(session)).clone()
                 }
-            }
+            };
+            (session, self.early().take(id))
         };
         // A link that ended before the session was in the map was not noticed for it.
         for link in [Some(link), watched.as_ref()].into_iter().flatten().filter(|link| link.is_closed()) {
             session.link_closed(link, now);
+        }
+        for EarlyStep { link, header, step, payload, .. } in early {
+            self.step_of(&session, Origin { link: &link, header: &header }, step, payload);
         }
         Ok(Some(session.opened()))
     }
@@ -458,6 +522,12 @@ impl Sessions {
             history_bytes: self.history_bytes.held() as u64,
         }
     }
+}
+
+/// Where a step came from.
+struct Origin<'a> {
+    link: &'a Link,
+    header: &'a proto::Frame,
 }
 
 /// An opening that passed the checks.

@@ -8,6 +8,7 @@ mod faults;
 mod generate;
 mod gguf;
 mod harness;
+mod long_links;
 mod lost;
 mod quantized;
 mod sessions;

@@ -55,20 +55,23 @@ impl HopLink {
 }
 
 impl Session {
-    /// Opens a session on every hop of the route, at once, and returns when all of them hold it.
+    /// Connects to every hop of the route, where that was not done before, and shows it its ticket. Doesn't wait for the answers:
+    /// the first steps may follow at once, and a hop that refuses is replaced as one that is lost.
     ///
     /// # Errors
-    /// The first hop's refusal or loss that is noticed; the others are closed again.
+    /// Where a hop can't be reached.
     pub async fn open(client: &Client, route: &Route, limits: SessionLimits) -> Result<Self, SessionError> {
         let within = client.patience().opening;
         let links = route.hops.iter().map(|hop| HopLink::connect(client.swarm().clone(), hop.clone(), within));
         let hops = future::try_join_all(links).await?;
         let id = SessionId::random();
+        let unopened = hops.iter().map(|hop| hop.peer).collect();
         let mut session = Self {
             client: client.clone(),
             id,
             epoch: 1,
             hops,
+            unopened,
             mailbox: client.inbox().register(id),
             limits,
             wire_dtype: route.wire_dtype,
@@ -82,8 +85,9 @@ impl Session {
             broken: None,
         };
         let all: Vec<usize> = (0..session.hops.len()).collect();
-        session.show_tickets(&all)?;
-        session.wait_until_open(&all, within).await?;
+        if let Err(error) = session.show_tickets(&all) {
+            session.broken = Some(error);
+        }
         Ok(session)
     }
 
@@ -148,6 +152,7 @@ impl Session {
                 opened.insert(from, answer);
             }
         }
+        self.unopened.retain(|peer| !opened.contains_key(peer));
         Ok(opened)
     }
 }

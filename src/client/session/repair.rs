@@ -235,6 +235,7 @@ impl Session {
         self.close_what_is_left(&hops);
         self.hops = links;
         self.epoch += 1;
+        self.unopened = self.hops.iter().map(|hop| hop.peer).collect();
         self.note(&old);
         let all: Vec<usize> = (0..self.hops.len()).collect();
         self.show_tickets(&all)?;
