@@ -43,6 +43,8 @@ mod attention;
 mod batcher;
 mod block;
 mod cache;
+#[cfg(any(test, feature = "cuda"))]
+mod cuda;
 mod edges;
 mod exp;
 mod experts;
@@ -86,7 +88,7 @@ pub use load::LoadError;
 use load::{Loaded, Source};
 pub use matrix::Matrix;
 pub use pages::{PAGE_TOKENS, WATERMARK_SHARE};
-use pass::Span;
+use pass::{Pass, Span};
 use planes::KvPlanes;
 pub use threads::MAX_THREADS;
 
@@ -100,18 +102,36 @@ pub enum DeviceChoice {
     Auto,
     /// The processor.
     Cpu,
-    /// A CUDA device.
+    /// A CUDA device, in a build with `--features cuda`.
     Cuda(usize),
 }
 
+/// Where blocks run, once that has been decided.
+enum Target {
+    Cpu,
+    #[cfg(any(test, feature = "cuda"))]
+    Device(candle_core::Device),
+}
+
 impl DeviceChoice {
-    /// Fails if this build can't run there.
-    fn check(self) -> Result<(), LoadError> {
+    /// Where blocks run.
+    fn target(self) -> Result<Target, LoadError> {
         match self {
-            Self::Auto | Self::Cpu => Ok(()),
+            Self::Cpu => Ok(Target::Cpu),
+            #[cfg(not(feature = "cuda"))]
+            Self::Auto => Ok(Target::Cpu),
+            #[cfg(not(feature = "cuda"))]
             Self::Cuda(index) => Err(LoadError::Device(format!(
-                "device cuda:{index} was asked for, and this build runs on the CPU only: use --device cpu or auto"
+                "device cuda:{index} was asked for, and this build runs on the CPU only: use --device cpu or auto, or build \
+                 with --features cuda"
             ))),
+            #[cfg(feature = "cuda")]
+            Self::Auto => Ok(cuda::open(0).map(Target::Device).unwrap_or_else(|reason| {
+                tracing::info!(reason, "blocks run on the CPU");
+                Target::Cpu
+            })),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(index) => cuda::open(index).map(Target::Device).map_err(LoadError::Device),
         }
     }
 }
@@ -170,6 +190,7 @@ struct Shared {
     dtype: Dtype,
     kv_dtype: KvDtype,
     loaded: Loaded,
+    kernel_path: String,
     queue: usize,
 }
 
@@ -210,17 +231,45 @@ impl Engine {
         options: EngineOptions,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self, LoadError> {
-        let EngineOptions { span, dtype, kv_dtype, quant, device, cache_tokens, batch_tokens, queue, threads } =
-            options;
-        device.check()?;
+        let target = options.device.target()?;
+        Self::load_on(target, checkpoint, options, progress)
+    }
+
+    fn load_on(
+        target: Target,
+        checkpoint: &Checkpoint,
+        options: EngineOptions,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self, LoadError> {
+        let EngineOptions { span, dtype, kv_dtype, quant, cache_tokens, batch_tokens, queue, threads, .. } = options;
         let spec = checkpoint.spec().clone();
         if span.is_empty() || span.end > spec.num_blocks() {
             return Err(LoadError::Span { start: span.start, end: span.end, blocks: spec.num_blocks() });
         }
         let kv_dtype = kv_dtype.unwrap_or(dtype.into());
-        let pages = check_cache(&spec, &span, kv_dtype, cache_tokens)?;
+        let pages = check_cache(&spec, &span, kv_dtype, (cache_tokens, &target))?;
         let mut source = Source::new(checkpoint, dtype, quant);
-        let blocks = Span::load(&spec, span.clone(), (kv_dtype, pages as usize), &mut source, progress)?;
+        let (path, blocks): (String, Box<dyn Pass>) = match target {
+            Target::Cpu => {
+                let cache = (kv_dtype, pages as usize);
+                let blocks = Span::load(&spec, span.clone(), cache, &mut source, progress)?;
+                ("cpu".to_owned(), Box::new(blocks))
+            }
+            #[cfg(any(test, feature = "cuda"))]
+            Target::Device(device) => {
+                if kv_dtype != dtype.into() {
+                    return Err(LoadError::Device(format!(
+                        "on CUDA keys and values are kept in what the blocks compute in, {dtype}: leave --kv-dtype \
+                         {kv_dtype} out"
+                    )));
+                }
+                let path = cuda::path(&device);
+                let cache = (device, pages as usize);
+                let blocks = cuda::DeviceSpan::load(&spec, span.clone(), cache, &mut source, progress)?;
+                (path, Box::new(blocks))
+            }
+        };
+        let kernel_path = if kv_dtype == dtype.into() { path } else { format!("{path}-kv-{kv_dtype}") };
         let loaded = source.finish();
         let desk = Arc::new(Desk::new(pages));
         let threads = threads::pool("engine", threads)?;
@@ -228,7 +277,8 @@ impl Engine {
         // What was spawned keeps the pool alive. The batcher is one of its workers, so that it can share a product with
         // the others without handing over and waking up.
         threads.spawn(move || batcher.run());
-        Ok(Self { shared: Arc::new(Shared { desk, spec, span, dtype, kv_dtype, loaded, queue }) })
+        let shared = Shared { desk, spec, span, dtype, kv_dtype, loaded, kernel_path, queue };
+        Ok(Self { shared: Arc::new(shared) })
     }
 
     /// What the model computes.
@@ -262,11 +312,11 @@ impl Engine {
         self.shared.loaded.quantization
     }
 
-    /// What the arithmetic runs on, as one word: `cpu`, on which results have the same bits whatever the instruction set, and
-    /// where the KV cache is not in the engine's dtype its format, as in `cpu-kv-q8`.
-    pub fn kernel_path(&self) -> String {
-        let Shared { dtype, kv_dtype, .. } = *self.shared;
-        if kv_dtype == dtype.into() { "cpu".to_owned() } else { format!("cpu-kv-{kv_dtype}") }
+    /// What the arithmetic runs on, as one word: `cpu`, on which results have the same bits whatever the instruction set, or CUDA
+    /// with the device's compute capability (`cuda-sm90`); and where the KV cache is not in the engine's dtype its format,
+    /// as in `cpu-kv-q8`. Two engines that are alike in all but this may differ in the last bits of a result.
+    pub fn kernel_path(&self) -> &str {
+        &self.shared.kernel_path
     }
 
     /// An empty KV cache for one session that runs through `blocks`.
@@ -394,15 +444,25 @@ impl Drop for Shared {
 }
 
 /// Pages for `tokens` tokens, after making sure that the system has the address space for them: an allocation that
-/// fails later would end the process.
-fn check_cache(spec: &ModelSpec, span: &Range<usize>, dtype: KvDtype, tokens: usize) -> Result<u32, LoadError> {
+/// fails later would end the process. A device says itself when it is full.
+fn check_cache(
+    spec: &ModelSpec,
+    span: &Range<usize>,
+    dtype: KvDtype,
+    (tokens, target): (usize, &Target),
+) -> Result<u32, LoadError> {
     let pages = tokens / PAGE_TOKENS;
     let sizes = spec.blocks[span.clone()].iter().map(|block| {
         let attention = &block.attention;
         KvPlanes::size_in_bytes(dtype, pages, attention.kv_heads, attention.head_size)
     });
     let bytes = sizes.sum::<Option<usize>>().unwrap_or(usize::MAX);
-    let fits = Vec::<u8>::new().try_reserve_exact(bytes).is_ok();
+    let fits = match target {
+        Target::Cpu => Vec::<u8>::new().try_reserve_exact(bytes).is_ok(),
+        // The places of its tokens are counted in 32 bits.
+        #[cfg(any(test, feature = "cuda"))]
+        Target::Device(_) => u32::try_from(tokens).is_ok(),
+    };
     match u32::try_from(pages) {
         Ok(pages) if pages > 0 && fits => Ok(pages),
         _ => Err(LoadError::Cache { tokens, bytes }),

@@ -367,7 +367,7 @@ async fn begin(
     sessions.serve(Host { engine: engine.clone(), swarm: swarm.downgrade(), hosted });
     announcement.state = State::Online;
     announcement.quant = engine.quantization().to_owned();
-    announcement.kernel_path = engine.kernel_path();
+    announcement.kernel_path = engine.kernel_path().to_owned();
     announcement.compute_tokens_per_second = tokens_per_second;
     update_load(&mut announcement, &engine);
     swarm.announce(announcement.clone()).await?;

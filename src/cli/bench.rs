@@ -145,7 +145,7 @@ async fn bench(args: BenchArgs) -> anyhow::Result<()> {
     // Measuring keeps a thread busy for long.
     let report = tokio::task::spawn_blocking(move || {
         let measured = load(&checkpoint, &args, (span, dtype))?;
-        let kernels = measured.engine.kernel_path();
+        let kernels = measured.engine.kernel_path().to_owned();
         anyhow::Ok((measure(&measured, &args, name, weights)?, kernels))
     });
     let (report, kernels) = report.await??;

@@ -17,7 +17,7 @@ use super::{
     job::{Job, Keep, Place, StepError, StepOutput},
     lanes::{LaneRun, PageCopy},
     pages::{Claim, PAGE_TOKENS},
-    pass::{NonFinite, Outcome, Piece, Segment, Span},
+    pass::{NonFinite, Outcome, Pass, Piece, Segment},
     schedule::{Demand, PassRows, Schedule, Share},
 };
 
@@ -29,7 +29,7 @@ const SHORT_TOKENS: usize = 8;
 
 pub(super) struct Batcher {
     desk: Arc<Desk>,
-    span: Span,
+    span: Box<dyn Pass>,
     schedule: Schedule,
     /// Steps that have no pages yet.
     waiting: VecDeque<Pending>,
@@ -56,7 +56,7 @@ struct Active {
 
 impl Batcher {
     /// A batcher with passes of at most `budget` rows.
-    pub(super) fn new(desk: Arc<Desk>, span: Span, budget: usize) -> Self {
+    pub(super) fn new(desk: Arc<Desk>, span: Box<dyn Pass>, budget: usize) -> Self {
         Self { desk, span, schedule: Schedule::new(budget), waiting: VecDeque::new(), ready: Vec::new() }
     }
 
@@ -206,7 +206,8 @@ impl Batcher {
         state.counts.busy += took;
         drop(state);
         let results: Vec<Result<Outcome, String>> = match outcomes {
-            Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
+            Ok(Ok(outcomes)) => outcomes.into_iter().map(Ok).collect(),
+            Ok(Err(error)) => shares.iter().map(|_| Err(error.to_string())).collect(),
             Err(panic) => {
                 let message = panic_message(&*panic);
                 tracing::error!(message, "a pass panicked; its steps fail and the engine goes on");

@@ -82,7 +82,11 @@ impl Edges {
     /// # Errors
     /// A tensor can't be read, the device can't be used, or there can't be so many threads.
     pub fn load(checkpoint: &Checkpoint, options: EdgesOptions) -> Result<Self, LoadError> {
-        options.device.check()?;
+        if let DeviceChoice::Cuda(index) = options.device {
+            return Err(LoadError::Device(format!(
+                "device cuda:{index} was asked for, and the edges run on the CPU only: use --device cpu or auto"
+            )));
+        }
         let threads = options.threads.map(|count| threads::pool("head", Some(count))).transpose()?;
         let spec = checkpoint.spec();
         let (width, vocab) = (spec.hidden_size, spec.vocab_size);

@@ -105,6 +105,24 @@ impl<'a> Source<'a> {
         Loaded { bytes: self.loaded_bytes, quantization: most.map_or("none", |(format, _)| *format) }
     }
 
+    /// What weights are read from.
+    #[cfg(any(test, feature = "cuda"))]
+    pub(super) fn checkpoint(&self) -> &'a Checkpoint {
+        self.checkpoint
+    }
+
+    /// What matrices that aren't packed are kept in.
+    #[cfg(any(test, feature = "cuda"))]
+    pub(super) fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// How matrices are to be packed.
+    #[cfg(any(test, feature = "cuda"))]
+    pub(super) fn quant(&self) -> Quant {
+        self.quant
+    }
+
     /// A vector in f32.
     pub(super) fn vector(&mut self, name: &str, width: usize) -> Result<Vec<f32>, LoadError> {
         self.vector_of(name, &[width])
@@ -186,21 +204,29 @@ impl<'a> Source<'a> {
 
     /// The matrices `name` in MXFP4, of which the checkpoint has numbers and scales apart: `count` of them.
     pub(super) fn mxfp4(&mut self, name: &str, shape: [usize; 3]) -> Result<Vec<Matrix>, LoadError> {
+        let stored = self.stored_mxfp4(name, shape)?;
+        let each = stored.into_iter().map(|stored| {
+            let matrix = self.convert(Matrix::new(name, stored)?)?;
+            Ok(self.packed(matrix))
+        });
+        each.collect()
+    }
+
+    /// The same, as they are.
+    pub(super) fn stored_mxfp4(&self, name: &str, shape: [usize; 3]) -> Result<Vec<StoredMatrix>, LoadError> {
         let [count, outputs, groups] = shape;
         let codes = [count, outputs, groups, MXFP4_GROUP / 2];
         let codes = self.checkpoint.read_bytes(&format!("{name}_blocks"), &codes)?;
         let scales = self.checkpoint.read_bytes(&format!("{name}_scales"), &shape)?;
         let (codes, _) = codes.as_chunks::<{ MXFP4_GROUP / 2 }>();
         let each = codes.chunks_exact(outputs * groups).zip(scales.chunks_exact(outputs * groups));
-        each.map(|(codes, scales)| {
+        let matrices = each.map(|(codes, scales)| {
             let blocks = codes.iter().zip(scales);
             let bytes = blocks.flat_map(|(codes, scale)| codes.iter().copied().chain([*scale])).collect();
             let columns = groups * MXFP4_GROUP;
-            let matrix = BlockMatrix { format: BlockFormat::Mxfp4, rows: outputs, columns, bytes };
-            let matrix = self.convert(Matrix::new(name, StoredMatrix::Blocks(matrix))?)?;
-            Ok(self.packed(matrix))
-        })
-        .collect()
+            StoredMatrix::Blocks(BlockMatrix { format: BlockFormat::Mxfp4, rows: outputs, columns, bytes })
+        });
+        Ok(matrices.collect())
     }
 
     /// A matrix in what the options say. Notes where that is not what they ask for.
@@ -237,9 +263,13 @@ impl<'a> Source<'a> {
     }
 
     fn count(&mut self, matrix: &Matrix) {
-        let bytes = matrix.size_in_bytes() as u64;
+        self.count_bytes(matrix.size_in_bytes() as u64, matrix.packed_in());
+    }
+
+    /// Counts the bytes of a matrix that has been loaded, which is packed in `format` if it is packed.
+    pub(super) fn count_bytes(&mut self, bytes: u64, format: Option<&'static str>) {
         self.loaded_bytes += bytes;
-        if let Some(format) = matrix.packed_in() {
+        if let Some(format) = format {
             *self.packed.entry(format).or_default() += bytes;
         }
     }

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use candle_core::Error as TensorError;
+
 use super::{
     attention::RowRun,
     block::{Batch, Block},
@@ -70,8 +72,20 @@ pub(super) struct NonFinite {
     pub(super) block: usize,
 }
 
-/// Which of [`Span::states`] are a segment's output.
+/// Which of [`Pass::states`] are a segment's output.
 pub(super) type Outcome = Result<Range<usize>, NonFinite>;
+
+/// A span that segments can be run through: on the processor ([`Span`]), or on a device (`engine/cuda.rs`).
+pub(super) trait Pass: Send {
+    /// Runs the segments, which may cover different blocks, together wherever they meet.
+    ///
+    /// # Errors
+    /// The device failed, or is full: nothing of the pass can be used.
+    fn run(&mut self, segments: &[Segment<'_>]) -> Result<Vec<Outcome>, TensorError>;
+
+    /// Rows of the last pass.
+    fn states(&self, place: Range<usize>) -> &[f32];
+}
 
 impl Span {
     /// Loads the blocks of `span`, which must be in `spec`, with room for `pages` pages.
@@ -114,8 +128,19 @@ impl Span {
         })
     }
 
-    /// Runs the segments, which may cover different blocks, together wherever they meet.
-    pub(super) fn run(&mut self, segments: &[Segment<'_>]) -> Vec<Outcome> {
+    fn copy_pages(&mut self, segments: &[Segment<'_>]) {
+        for segment in segments {
+            for PageCopy { from, to } in segment.copies {
+                for block in segment.blocks.clone() {
+                    self.blocks[block - self.first].cache.copy_page(*from, *to);
+                }
+            }
+        }
+    }
+}
+
+impl Pass for Span {
+    fn run(&mut self, segments: &[Segment<'_>]) -> Result<Vec<Outcome>, TensorError> {
         self.copy_pages(segments);
         let hidden = self.hidden;
         let mut places = Vec::with_capacity(segments.len());
@@ -170,27 +195,16 @@ impl Span {
                 }
             }
         }
-        places.into_iter().zip(flaws).map(|(place, flaw)| flaw.map_or(Ok(place), Err)).collect()
+        Ok(places.into_iter().zip(flaws).map(|(place, flaw)| flaw.map_or(Ok(place), Err)).collect())
     }
 
-    /// Rows of the last pass.
-    pub(super) fn states(&self, place: Range<usize>) -> &[f32] {
+    fn states(&self, place: Range<usize>) -> &[f32] {
         &self.states[place]
-    }
-
-    fn copy_pages(&mut self, segments: &[Segment<'_>]) {
-        for segment in segments {
-            for PageCopy { from, to } in segment.copies {
-                for block in segment.blocks.clone() {
-                    self.blocks[block - self.first].cache.copy_page(*from, *to);
-                }
-            }
-        }
     }
 }
 
 impl Segment<'_> {
-    fn rows(&self) -> usize {
+    pub(super) fn rows(&self) -> usize {
         self.pieces.iter().map(|piece| piece.rows).sum()
     }
 }

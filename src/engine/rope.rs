@@ -164,6 +164,12 @@ pub(super) struct Angles {
 }
 
 impl Angles {
+    /// Cosines and sines as tables `[rows, pairs]`, and the number of pairs.
+    #[cfg(any(test, feature = "cuda"))]
+    pub(super) fn into_tables(self) -> (Vec<f32>, Vec<f32>, usize) {
+        (self.cos, self.sin, self.pairs)
+    }
+
     /// Rotates one head of row `row` in place: number `i` against number `i + pairs`. What follows stays as it is.
     #[inline(always)]
     pub(super) fn rotate(&self, row: usize, head: &mut [f32]) {
