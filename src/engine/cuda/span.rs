@@ -5,7 +5,10 @@
 //! without waiting for any, and at the end one transfer brings back the rows, together with one number for each row and
 //! block that is NaN where the block made something that is not finite.
 
-use std::{collections::BTreeMap, ops::Range};
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    ops::Range,
+};
 
 use candle_core::{Device, Result as TensorResult, Tensor};
 
@@ -162,19 +165,19 @@ impl DeviceSpan {
         let mut prepared = Prepared::default();
         for LoadedBlock { block, rope, shape } in blocks {
             let width = block.attention.kv_width();
-            if !prepared.slots.contains_key(&width) {
-                prepared.slots.insert(width, slots(&together.runs, width, device)?);
+            if let Entry::Vacant(entry) = prepared.slots.entry(width) {
+                entry.insert(slots(&together.runs, width, device)?);
             }
             if let Some(rope) = rope
-                && !prepared.turns.contains_key(rope)
+                && let Entry::Vacant(entry) = prepared.turns.entry(*rope)
             {
                 let positions = together.runs.iter().map(|run| run.position..run.position + run.rows);
                 let mut angles = Angles::default();
                 self.ropes[*rope].angles(positions.zip(together.rope_lengths.iter().copied()), &mut angles);
-                prepared.turns.insert(*rope, Turns::new(angles, device)?);
+                entry.insert(Turns::new(angles, device)?);
             }
-            if !prepared.plans.contains_key(shape) {
-                prepared.plans.insert(*shape, Plan::new(&together.runs, self.shapes[*shape], device)?);
+            if let Entry::Vacant(entry) = prepared.plans.entry(*shape) {
+                entry.insert(Plan::new(&together.runs, self.shapes[*shape], device)?);
             }
         }
         Ok(prepared)
