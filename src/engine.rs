@@ -13,15 +13,19 @@
 //! # Exact
 //!
 //! On the CPU a row's result depends on its lane and on nothing else: not on the other rows of the pass, not on how
-//! the prompt was cut into steps or passes, and not on how the model is cut into spans. The first two hold because every
-//! sum is taken in one order (`engine/product.rs`, `engine/attention.rs`), the last because the residual stream is rounded to the
-//! session's wire format after every block, whether or not it travels. All three hold bit for bit, for one checkpoint,
-//! engine dtype, wire dtype and width of the machine's vectors, and are tested in f32, bf16 and f16.
+//! the prompt was cut into steps or passes, not on how the model is cut into spans, and not on the machine. The first two hold
+//! because every sum is taken in one order, which no width of vectors changes (`engine/kernels.rs`,
+//! `engine/attention/tile.rs`), the third because the residual stream is rounded to the session's wire format after every
+//! block, whether or not it travels. All hold bit for bit, for one checkpoint, engine dtype, format of the KV cache and wire
+//! dtype, and are tested in f32, bf16 and f16. (Of the machine one thing is left: the sines and cosines of rotary angles are the
+//! system library's, in f64.)
 //!
-//! The KV cache is kept in the engine's dtype, or in another that is asked for ([`KvDtype`]). Matrices that are floating point
-//! numbers are in the engine's dtype, too; norms and biases, which are small, in f32. Matrices that a checkpoint has in a packed format stay as they are, and others are quantized at load
-//! where that is asked for ([`Quant`]); each has a form of its own (`engine/matrix.rs`). What is computed inside a block is
-//! in f32, whatever the form.
+//! The KV cache is kept in the engine's dtype, or in another that is asked for ([`KvDtype`]). Matrices that are floating
+//! point numbers are in the engine's dtype, too; norms and biases, which are small, in f32. Matrices that a checkpoint has in
+//! a packed format stay as they are, and others are quantized at load where that is asked for ([`Quant`]); each has a form of
+//! its own (`engine/matrix.rs`). What is computed inside a block is in f32, with one exception: an engine of bf16 or f16 rounds
+//! what it multiplies with matrices of q8_0, q4_0, q4_k, q6_k and mxfp4 to 8 bits, to multiply integers. An engine of f32
+//! never does.
 //!
 //! # Pages
 //!
@@ -424,6 +428,12 @@ impl Engine {
         }
         Ok(())
     }
+}
+
+/// The paths that this machine's processor can take through the arithmetic, the one that is taken by itself last: `portable`, `avx2`,
+/// `avx512`. Results have the same bits on all of them; the environment variable `HELION_KERNELS` chooses another.
+pub fn kernel_paths() -> Vec<&'static str> {
+    kernels::Path::all().iter().map(kernels::Path::name).collect()
 }
 
 impl std::fmt::Debug for Engine {

@@ -7,12 +7,13 @@ mod kernel;
 mod tile;
 
 use kernel::Kernel;
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::{
     alibi::Alibi,
     block::Batch,
+    kernels::on_vectors,
     linear::Linear,
     load::{LoadError, Source},
     norm::Norm,
@@ -91,11 +92,11 @@ impl Attention {
             return;
         }
         if qkv.len() < MIN_PARALLEL_PLACING {
-            Arch::new().dispatch(Placing { attention: self, first_row: 0, qkv, angles });
+            on_vectors(Placing { attention: self, first_row: 0, qkv, angles });
         } else {
             qkv.par_chunks_mut(PLACED_AT_ONCE * self.kernel.row_width()).enumerate().for_each(|(index, qkv)| {
                 let first_row = index * PLACED_AT_ONCE;
-                Arch::new().dispatch(Placing { attention: self, first_row, qkv, angles });
+                on_vectors(Placing { attention: self, first_row, qkv, angles });
             });
         }
     }

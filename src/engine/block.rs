@@ -4,12 +4,13 @@
 //! first part to the second, and from the second part to the block's end. A sweep does all that there is to do to a row while it
 //! is in the nearest cache: norms, the residual sum, the rounding to the wire format, the search for numbers that are not finite.
 
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Simd, WithSimd};
 
 use super::{
     attention::{Attention, RowRun},
     ffn::Ffn,
     hidden,
+    kernels::on_vectors,
     load::{LoadError, Source},
     norm::Norm,
     planes::KvPlanes,
@@ -89,7 +90,7 @@ impl Block {
     fn sweep(&self, stage: Stage, rows: Rows<'_>) {
         let count = rows.broken.len();
         if rows.x.len() < MIN_PARALLEL || count < 2 {
-            Arch::new().dispatch(Sweep { block: self, stage, rows });
+            on_vectors(Sweep { block: self, stage, rows });
         } else {
             let (above, below) = rows.split(count / 2, self.hidden);
             rayon::join(|| self.sweep(stage, above), || self.sweep(stage, below));

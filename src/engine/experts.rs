@@ -5,11 +5,12 @@
 
 use std::sync::Arc;
 
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Simd, WithSimd};
 
 use super::{
     exp::exp,
     ffn::Gate,
+    kernels::on_vectors,
     linear::Linear,
     load::{LoadError, Source},
     scratch::Scratch,
@@ -97,7 +98,7 @@ impl Experts {
             expert.gate_up.forward(rows, both, room);
             self.gate.forward(both, inner);
             expert.down.forward(inner, results, room);
-            Arch::new().dispatch(Weighted { members, results, hidden: self.hidden, sum: fed });
+            on_vectors(Weighted { members, results, hidden: self.hidden, sum: fed });
         }
     }
 }
@@ -113,7 +114,7 @@ impl Grouping {
             order.extend(0..experts);
             order.sort_unstable_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
             let highest = order.first().map_or(0.0, |first| scores[*first]);
-            Arch::new().dispatch(Powers { scores, highest });
+            on_vectors(Powers { scores, highest });
             let counted = match routing {
                 Routing::Probabilities => &order[..],
                 Routing::Normalised => &order[..active],

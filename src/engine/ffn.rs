@@ -1,11 +1,12 @@
 //! The feed-forward part of a block.
 
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::{
     exp::{erf, exp, tanh},
     experts::Experts,
+    kernels::on_vectors,
     linear::Linear,
     load::{LoadError, Source},
     scratch::Scratch,
@@ -76,10 +77,10 @@ impl Gate {
         product.resize(both.len() / 2, 0.0);
         let at_once = (MIN_PARALLEL / 2 / self.width.max(1)).max(1) * self.width;
         if product.len() < MIN_PARALLEL {
-            Arch::new().dispatch(GatedRows { gate: *self, both, product });
+            on_vectors(GatedRows { gate: *self, both, product });
         } else {
             product.par_chunks_mut(at_once).zip(both.par_chunks(2 * at_once)).for_each(|(product, both)| {
-                Arch::new().dispatch(GatedRows { gate: *self, both, product });
+                on_vectors(GatedRows { gate: *self, both, product });
             });
         }
     }
@@ -147,10 +148,10 @@ fn gated<S: Simd>(simd: S, gating: Gating, gate: S::f32s, up: S::f32s) -> S::f32
 /// Applies an activation to every number of `values`.
 fn activate_all(activation: Activation, values: &mut [f32]) {
     if values.len() < MIN_PARALLEL {
-        Arch::new().dispatch(Activated { activation, values });
+        on_vectors(Activated { activation, values });
     } else {
         let chunks = values.par_chunks_mut(MIN_PARALLEL / 2);
-        chunks.for_each(|values| Arch::new().dispatch(Activated { activation, values }));
+        chunks.for_each(|values| on_vectors(Activated { activation, values }));
     }
 }
 

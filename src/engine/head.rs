@@ -10,10 +10,12 @@ use std::{
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
 };
 
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Simd, WithSimd};
 use rayon::ThreadPool;
 
-use super::{edges::EdgeError, exp::tanh, hidden::HiddenStates, linear::Linear, norm::Norm, product::Room};
+use super::{
+    edges::EdgeError, exp::tanh, hidden::HiddenStates, kernels::on_vectors, linear::Linear, norm::Norm, product::Room,
+};
 
 /// Rows of one round, unless one generation alone has more: as many as a product takes about as long for as for one, and a bound
 /// on the logits that are held twice.
@@ -151,7 +153,7 @@ impl Head {
 
     fn cap(&self, logits: &mut [f32]) {
         if let Some(cap) = self.soft_cap {
-            Arch::new().dispatch(SoftCap { cap, logits });
+            on_vectors(SoftCap { cap, logits });
         }
     }
 }

@@ -41,6 +41,9 @@ use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 use avx512::Avx512;
 use portable::Portable;
+#[cfg(target_arch = "x86_64")]
+use pulp::Scalar;
+use pulp::{Arch, WithSimd};
 pub(super) use rows::{FloatRows, Rows};
 pub(super) use tiles::{Layout, TILE};
 
@@ -197,6 +200,19 @@ impl Path {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(v4) => v4.vectorize(On { isa: Avx512(v4), kernel }),
         }
+    }
+}
+
+/// Runs what is written for vectors of any width on the path that kernels run on.
+pub(super) fn on_vectors<W: WithSimd>(work: W) -> W::Output {
+    match Path::chosen() {
+        // Without AVX2 there are no wider ones.
+        #[cfg(target_arch = "x86_64")]
+        Path::Portable => work.with_simd(Scalar),
+        #[cfg(target_arch = "x86_64")]
+        Path::Avx2(avx2) => avx2.vectors(work),
+        // The widest that there are, which on other machines have no path of their own.
+        _ => Arch::new().dispatch(work),
     }
 }
 

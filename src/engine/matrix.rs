@@ -1,13 +1,14 @@
 //! Matrices as they lie in memory, and their rows as f32.
 //!
-//! A matrix keeps the form that its checkpoint has it in, or that `--quant` asks for, and a product widens some of its
-//! rows at a time (`engine/product.rs`). Only the widening knows a form; the sums are the same chain of f32 operations
-//! for all, so that a packed matrix gives bit for bit what the matrix of its widened numbers gives.
+//! A matrix keeps the form that its checkpoint has it in, or that `--quant` asks for. Some forms are packed into tiles for the
+//! kernels ([`Matrix::pack`]), which multiply with them as they are; of others a product widens some rows at a time
+//! (`engine/product.rs`). Then only the widening knows a form, and the sums are the same chain of f32 operations for all, so
+//! that a matrix that is not packed gives bit for bit what the matrix of its widened numbers gives.
 //!
 //! | form | in memory | bits a number |
 //! |---|---|---|
-//! | f32, bf16, f16 | `[rows, columns]` | 32, 16, 16 |
-//! | blocks (`matrix/blocks.rs`, `matrix/k_blocks.rs`) | a row is a run of blocks, each with its scales, byte by byte as in GGUF files (MXFP4: 16 bytes of numbers in the order of Hugging Face's checkpoints, then the scale) | q8_0 8.5, q6_k 6.56, q5_k 5.5, q4_0 and q4_k 4.5, mxfp4 4.25, q3_k 3.44, q2_k 2.63 |
+//! | f32, bf16, f16 | `[rows, columns]`, or tiles | 32, 16, 16 |
+//! | blocks (`matrix/blocks.rs`, `matrix/k_blocks.rs`) | tiles (`engine/kernels/tiles.rs`), or a row is a run of blocks, each with its scales, byte by byte as in GGUF files (MXFP4: 16 bytes of numbers in the order of Hugging Face's checkpoints, then the scale) | q8_0 8.5, q6_k 6.56, q5_k 5.5, q4_0 and q4_k 4.5, mxfp4 4.25, q3_k 3.44, q2_k 2.63 |
 //! | FP8 (`matrix/fp8.rs`) | `[rows, columns]` of E4M3, and an f32 for each tile | 8 + 32 / tile |
 //! | grouped integers (`matrix/grouped.rs`) | `[rows, columns]` of 4 or 8 bits, and for each group of a row a scale of 16 bits and a zero of 16 bits | bits + 32 / group |
 //!

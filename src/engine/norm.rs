@@ -4,9 +4,12 @@
 //! part `i + 8`, of these `i` and `i + 4`, and so on. A vector of any width up to 16 holds whole parts, so that the sum is the
 //! same bit for bit on every instruction set.
 
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Simd, WithSimd};
 
-use super::load::{LoadError, Source};
+use super::{
+    kernels::on_vectors,
+    load::{LoadError, Source},
+};
 use crate::model::spec::{NormKind, NormSpec};
 
 /// Partial sums of a row: as many as the widest vectors have lanes.
@@ -35,7 +38,7 @@ impl Norm {
 
     /// Normalises rows, `[rows, width]`, in place.
     pub(super) fn normalise(&self, rows: &mut [f32]) {
-        Arch::new().dispatch(Normalise { norm: self, rows });
+        on_vectors(Normalise { norm: self, rows });
     }
 
     /// Normalises one row in place.

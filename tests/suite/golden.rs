@@ -6,6 +6,7 @@
 
 mod gguf;
 mod packed;
+mod paths;
 mod quantized;
 mod variants;
 
@@ -21,7 +22,7 @@ use helion::{
     engine::{
         Cache, DeviceChoice, Edges, EdgesOptions, Engine, EngineOptions, HiddenStates, Job, Keep, LaneRun, StepError,
     },
-    model::{Dtype, Quant, checkpoint::Checkpoint},
+    model::{Dtype, KvDtype, Quant, checkpoint::Checkpoint},
 };
 use safetensors::SafeTensors;
 
@@ -37,6 +38,8 @@ struct Golden {
     checkpoint: Checkpoint,
     /// How its blocks and edges are quantized.
     quant: Quant,
+    /// What keys and values are kept in; `None`: as the blocks compute.
+    kv_dtype: Option<KvDtype>,
     tensors: HashMap<String, (Vec<usize>, Vec<u8>)>,
 }
 
@@ -46,7 +49,8 @@ impl Golden {
         let tensors = SafeTensors::deserialize(&bytes).unwrap();
         let tensors =
             tensors.iter().map(|(name, view)| (name.to_owned(), (view.shape().to_vec(), view.data().to_vec())));
-        Self { checkpoint: Checkpoint::open(&fixture(family)).unwrap(), quant: Quant::Auto, tensors: tensors.collect() }
+        let checkpoint = Checkpoint::open(&fixture(family)).unwrap();
+        Self { checkpoint, quant: Quant::Auto, kv_dtype: None, tensors: tensors.collect() }
     }
 
     fn blocks(&self) -> usize {
@@ -87,7 +91,12 @@ impl Golden {
     }
 
     fn engine(&self, span: Range<usize>, dtype: Dtype) -> Engine {
-        let options = EngineOptions { cache_tokens: 1024, quant: self.quant, ..EngineOptions::new(span, dtype) };
+        let options = EngineOptions {
+            cache_tokens: 1024,
+            quant: self.quant,
+            kv_dtype: self.kv_dtype,
+            ..EngineOptions::new(span, dtype)
+        };
         Engine::load(&self.checkpoint, options, &mut |_, _| {}).unwrap()
     }
 

@@ -6,7 +6,6 @@
 
 use std::cell::RefCell;
 
-use pulp::Arch;
 use rayon::prelude::*;
 
 use super::{
@@ -16,6 +15,7 @@ use super::{
 use crate::engine::{
     alibi::Alibi,
     floats::Stored,
+    kernels::on_vectors,
     pages::PAGE_TOKENS,
     planes::{KvPlanes, Planes, each},
 };
@@ -123,7 +123,7 @@ impl Kernel {
         let attend = |(result, tile): (&mut [f32], &Tile)| {
             let run = &runs[tile.run];
             let mut room = TILE.take();
-            Arch::new().dispatch(Attend {
+            on_vectors(Attend {
                 kernel: self,
                 planes,
                 pages: run.pages,

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::{__m128i, __m256, __m256i, _mm256_cvtph_ps};
 
-use pulp::{cast, x86::V3};
+use pulp::{Simd, WithSimd, cast, x86::V3};
 
 use super::{Isa, Kernel, tiles::TILE};
 
@@ -32,6 +32,10 @@ impl Avx2 {
         }
         // SAFETY: the machine has all of these, since there is an `Avx2`, and only `detect` makes one.
         unsafe { on(self, kernel) }
+    }
+
+    pub(super) fn vectors<W: WithSimd>(self, work: W) -> W::Output {
+        Simd::vectorize(self.0, work)
     }
 
     #[allow(unsafe_code)]

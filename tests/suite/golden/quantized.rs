@@ -33,12 +33,12 @@ fn root_mean_square(numbers: impl Iterator<Item = f32>) -> f64 {
     (squares.iter().sum::<f64>() / squares.len() as f64).sqrt()
 }
 
-/// The worst block of a fixture.
-fn worst_error(family: &str, quant: Quant) -> f64 {
-    let golden = Golden { quant, ..Golden::load(family) };
+/// The worst block of a fixture in an engine of `dtype`; rows travel in f32.
+fn worst_error(golden: &Golden, dtype: Dtype) -> f64 {
+    let quant = golden.quant;
     let prompt = golden.prompt();
     let cuts: Vec<usize> = (1..golden.blocks()).collect();
-    let errors = golden.engines(&cuts, Dtype::F32).into_iter().enumerate().map(|(block, engine)| {
+    let errors = golden.engines(&cuts, dtype).into_iter().enumerate().map(|(block, engine)| {
         let packed = match quant {
             Quant::Q8_0 | Quant::Q6K => "q8_0",
             Quant::Q4_0 | Quant::Q4K => "q4_0",
@@ -65,10 +65,33 @@ fn worst_error(family: &str, quant: Quant) -> f64 {
 
 fn stays_near_the_reference(family: &str) {
     for quant in QUANTS {
-        let error = worst_error(family, quant);
+        let golden = Golden { quant, ..Golden::load(family) };
+        let error = worst_error(&golden, Dtype::F32);
         assert!(error < bound(quant), "{family} in {quant}: {error}");
         // Not quantized at all would be nearer.
         assert!(quant == Quant::None || error > bound(quant) / 40.0, "{family} in {quant}: {error}");
+    }
+}
+
+/// In an engine of bf16, rows are rounded to 8 bits in front of packed matrices, and everything else to the 8 bits of bf16:
+/// as much as q8_0 is off by, once more for the rows and once for the rest.
+fn stays_near_the_reference_with_rounded_rows(family: &str) {
+    for quant in QUANTS {
+        let golden = Golden { quant, ..Golden::load(family) };
+        let error = worst_error(&golden, Dtype::Bf16);
+        let most = bound(quant) + 2.0 * bound(Quant::Q8_0);
+        assert!(error < most, "{family} in {quant} and bf16: {error}");
+    }
+}
+
+/// The same bound for a cache in formats of its own, the coarsest of which rounds as q8_0 does.
+fn stays_near_the_reference_with_a_narrow_cache(family: &str) {
+    for kv_dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Q8] {
+        let golden = Golden { quant: Quant::None, kv_dtype: Some(kv_dtype), ..Golden::load(family) };
+        let error = worst_error(&golden, Dtype::F32);
+        let most = if kv_dtype == KvDtype::F32 { bound(Quant::None) } else { bound(Quant::Q8_0) };
+        assert!(error < most, "{family} with a cache in {kv_dtype}: {error}");
+        assert!(kv_dtype == KvDtype::F32 || error > 1e-5, "{family} with a cache in {kv_dtype}: {error}");
     }
 }
 
@@ -93,6 +116,8 @@ macro_rules! families {
         #[test]
         fn $name() {
             stays_near_the_reference($fixture);
+            stays_near_the_reference_with_rounded_rows($fixture);
+            stays_near_the_reference_with_a_narrow_cache($fixture);
             for quant in [Quant::Q8_0, Quant::Q4_0] {
                 cuts_and_chunks_change_nothing($fixture, quant);
             }
@@ -175,7 +200,7 @@ fn mxfp4_stays_unless_something_else_is_asked_for() {
 fn packed_equals_widened(name: &str, packed_in: &str) {
     let open = |quant: Quant| {
         let checkpoint = Checkpoint::open(&fixture("packed-checkpoints").join(name)).unwrap();
-        Golden { checkpoint, quant, tensors: HashMap::new() }
+        Golden { checkpoint, quant, kv_dtype: None, tensors: HashMap::new() }
     };
     let (packed, wide) = (open(Quant::Auto), open(Quant::None));
     let prompt: Vec<u32> = (0..40).map(|i| (i * 37 + 5) % 500).collect();

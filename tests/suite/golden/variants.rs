@@ -47,7 +47,7 @@ impl Case {
                 Some((name.to_owned(), tensor.clone()))
             });
             let checkpoint = Checkpoint::open(&fixture("variants").join(variant)).unwrap();
-            let golden = Golden { checkpoint, tensors: tensors.collect(), quant: Quant::Auto };
+            let golden = Golden { checkpoint, tensors: tensors.collect(), quant: Quant::Auto, kv_dtype: None };
             Self { prompt: golden.prompt(), golden }
         };
         lengths.into_iter().map(of).collect()
