@@ -110,7 +110,7 @@ fn sum<S: Simd, const SQUARES: bool>(simd: S, row: &[f32]) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use pulp::{Scalar, Scalar128b, Scalar256b, Scalar512b};
+    use pulp::{Arch, Scalar, Scalar128b, Scalar256b, Scalar512b};
 
     use super::*;
 
