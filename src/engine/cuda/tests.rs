@@ -262,7 +262,10 @@ fn packed_checkpoints_and_blocks_follow_the_cpu() {
         let checkpoint = Checkpoint::open(&fixtures().join(family)).unwrap();
         let (options, edges) = (options(&checkpoint, Dtype::F32, quant), edges(&checkpoint));
         let [device, cpu] = [on_device(&checkpoint, options.clone()), on_cpu(&checkpoint, options)];
-        assert_eq!((device.quantization(), device.loaded_bytes()), (cpu.quantization(), cpu.loaded_bytes()));
+        assert_eq!(device.quantization(), cpu.quantization());
+        // The CPU fills the last 16 rows of each matrix up.
+        let (device_bytes, cpu_bytes) = (device.loaded_bytes(), cpu.loaded_bytes());
+        assert!((device_bytes..=device_bytes / 10 * 11).contains(&cpu_bytes), "{device_bytes} and {cpu_bytes}");
         let off = error(&story(&device, &edges, Dtype::F32), &story(&cpu, &edges, Dtype::F32));
         assert!(off < most, "{family} {quant}: off by {off}");
     }

@@ -198,7 +198,8 @@ fn gpt_oss_computes_the_same_from_quantized_and_from_widened_experts() {
             let engines = golden.engines(&[], dtype);
             (prefill(&mut Chain::new(&engines), &edges, &prompt, 9, dtype), engines[0].loaded_bytes())
         });
-        assert!(outputs[0].0 == outputs[1].0, "{dtype}");
+        // Other engines than those of f32 round what quantized experts read.
+        assert_eq!(outputs[0].0 == outputs[1].0, dtype == Dtype::F32, "{dtype}");
         // 4.25 bits a number against 32 or 16.
         assert!(outputs[0].1 < outputs[1].1, "{dtype}");
     }
