@@ -29,6 +29,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod blocks;
+mod fetching;
 mod floats;
 mod portable;
 mod rows;
@@ -62,6 +63,9 @@ pub(super) trait Isa: Copy + Send + Sync + 'static {
     type B: Copy;
     /// Sums of products of bytes, narrower than 32 bits where that is faster.
     type S: Copy;
+
+    /// Fetches bytes that will be read soon, where that can be asked for.
+    fn fetch(self, bytes: &[u8; 4 * TILE]);
 
     fn splat(self, value: f32) -> Self::F;
     fn load(self, values: &[f32; TILE]) -> Self::F;

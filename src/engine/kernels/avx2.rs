@@ -1,6 +1,6 @@
 //! The kernels' operations on AVX2 with fused multiply-add and F16C: 16 lanes are two registers.
 
-use std::arch::x86_64::{__m128i, __m256, __m256i, _mm256_cvtph_ps};
+use std::arch::x86_64::{__m128i, __m256, __m256i, _MM_HINT_T1, _mm_prefetch, _mm256_cvtph_ps};
 
 use pulp::{Simd, WithSimd, cast, x86::V3};
 
@@ -79,6 +79,13 @@ impl Isa for Avx2 {
     type I = [__m256i; 2];
     type B = [__m256i; 2];
     type S = [__m256i; 2];
+
+    #[allow(unsafe_code)]
+    #[inline(always)]
+    fn fetch(self, bytes: &[u8; 4 * TILE]) {
+        // SAFETY: a hint reads nothing, and every x86-64 processor takes it.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(bytes.as_ptr().cast()) }
+    }
 
     #[inline(always)]
     fn splat(self, value: f32) -> Self::F {

@@ -1,6 +1,6 @@
 //! The kernels' operations on AVX-512 (F and BW): 16 lanes are one register.
 
-use std::arch::x86_64::{__m512, __m512i};
+use std::arch::x86_64::{__m512, __m512i, _MM_HINT_T1, _mm_prefetch};
 
 use pulp::{cast, x86::V4};
 
@@ -27,6 +27,13 @@ impl Isa for Avx512 {
     type I = __m512i;
     type B = __m512i;
     type S = __m512i;
+
+    #[allow(unsafe_code)]
+    #[inline(always)]
+    fn fetch(self, bytes: &[u8; 4 * TILE]) {
+        // SAFETY: a hint reads nothing, and every x86-64 processor takes it.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(bytes.as_ptr().cast()) }
+    }
 
     #[inline(always)]
     fn splat(self, value: f32) -> Self::F {

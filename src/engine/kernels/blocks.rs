@@ -8,6 +8,7 @@ use std::hint::black_box;
 
 use super::{
     Isa, Kernel, TileProduct,
+    fetching::ahead,
     rows::BlockRows,
     tiles::{Layout, Q4_K_BYTES, Q4_K_SCALES, Q6_K_BYTES, TILE, mxfp4_table, q4_k_scales},
 };
@@ -55,14 +56,20 @@ impl Product<'_> {
     fn run<A: Isa, B: Block<N>, const N: usize>(self, isa: A) {
         let TileProduct { tiles, inputs, rows, y, .. } = self.0;
         let (tiles, rows) = (tiles.as_chunks().0, &rows.blocks);
-        let mut tiles = Tiles::<N> { tiles, inputs, blocks: inputs / B::INPUTS, rows, y };
+        let mut tiles = Tiles::<N> { tiles, ahead: &[], inputs, blocks: inputs / B::INPUTS, rows, y };
         let count = tiles.tiles.len() / tiles.blocks;
         let groups = rows.groups;
         let row_bytes = inputs * groups.rows().div_ceil(groups.count().max(1));
         let panel = (PANEL_BYTES / row_bytes).max(1);
         for first in (0..groups.count()).step_by(panel) {
+            let last = groups.count().min(first + panel);
             for tile in 0..count {
-                for group in first..groups.count().min(first + panel) {
+                for group in first..last {
+                    // With one group, memory is read in order, and the processor guesses what comes.
+                    let share = (last - first > 1).then(|| (group - first, last - first));
+                    let size = tiles.blocks * N;
+                    let all = tiles.tiles.as_flattened();
+                    tiles.ahead = share.map_or(&[], |share| ahead(all, tile * size..(tile + 1) * size, share));
                     let rows = groups.get(group);
                     match (A::IS_WIDE, rows.len()) {
                         (_, 1) => tiles.tile::<A, B, 1>(isa, tile, rows.start),
@@ -83,6 +90,8 @@ impl Product<'_> {
 
 struct Tiles<'a, const N: usize> {
     tiles: &'a [[u8; N]],
+    /// What the group is to fetch of the next tile.
+    ahead: &'a [u8],
     inputs: usize,
     /// Blocks of a tile.
     blocks: usize,
@@ -101,7 +110,13 @@ impl<const N: usize> Tiles<'_, N> {
         let mut y = [isa.splat(0.0); R];
         let each = codes.chunks_exact(B::INPUTS / 4).zip(scales.chunks_exact(B::INPUTS / 32));
         let each = each.zip(sums.chunks_exact(B::INPUTS / 16));
+        // Several lines at once, since a block is many.
+        let lines = self.ahead.as_chunks().0;
+        let mut fetched = lines.chunks(lines.len().div_ceil(blocks).max(1));
         for (block, ((codes, scales), sums)) in tile_blocks.iter().zip(each) {
+            for line in fetched.next().unwrap_or_default() {
+                isa.fetch(line);
+            }
             B::add(isa, block, &At { codes, scales, sums }, &mut y);
         }
         let to = &mut self.y[(tile * rows.groups.rows() + first) * TILE..][..R * TILE];

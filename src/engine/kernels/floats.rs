@@ -7,12 +7,15 @@ use pulp::{bytemuck, cast};
 
 use super::{
     Isa, Kernel, TileProduct, WideProduct,
+    fetching::{Fetching, ahead},
     rows::FloatRows,
     tiles::{Layout, TILE},
 };
 
 /// Bytes of rows that all tiles pass by before the next rows are taken: a part of a usual level-2 cache.
 const PANEL_BYTES: usize = 256 << 10;
+/// Bytes of tiles that stay near while the groups of a panel pass by: of what the rows leave.
+const TILES_BYTES: usize = 128 << 10;
 
 pub(super) struct Product<'a>(pub(super) TileProduct<'a>);
 pub(super) struct Wide<'a>(pub(super) WideProduct<'a>);
@@ -25,9 +28,9 @@ impl Kernel for Product<'_> {
         let TileProduct { layout, tiles, inputs, rows, y } = self.0;
         let rows = &rows.floats;
         match layout {
-            Layout::F32 => Tiles { tiles, inputs, rows, y }.run::<A, F32, 64, 1>(isa),
-            Layout::Bf16 => Tiles { tiles, inputs, rows, y }.run::<A, Bf16, 64, 2>(isa),
-            Layout::F16 => Tiles { tiles, inputs, rows, y }.run::<A, F16, 64, 2>(isa),
+            Layout::F32 => Tiles { tiles, ahead: &[], inputs, rows, y }.run::<A, F32, 64, 1>(isa),
+            Layout::Bf16 => Tiles { tiles, ahead: &[], inputs, rows, y }.run::<A, Bf16, 64, 2>(isa),
+            Layout::F16 => Tiles { tiles, ahead: &[], inputs, rows, y }.run::<A, F16, 64, 2>(isa),
             _ => unreachable!("{layout:?} is a layout of blocks"),
         }
     }
@@ -39,7 +42,7 @@ impl Kernel for Wide<'_> {
     #[inline(always)]
     fn on<A: Isa>(self, isa: A) {
         let WideProduct { tiles, inputs, rows, y } = self.0;
-        Tiles { tiles: bytemuck::cast_slice(tiles), inputs, rows, y }.run::<A, F32, 64, 1>(isa);
+        Tiles { tiles: bytemuck::cast_slice(tiles), ahead: &[], inputs, rows, y }.run::<A, F32, 64, 1>(isa);
     }
 }
 
@@ -109,6 +112,8 @@ impl Weights<64> for F16 {
 
 struct Tiles<'a> {
     tiles: &'a [u8],
+    /// What the next group of rows is to fetch of the tiles that come next.
+    ahead: &'a [u8],
     inputs: usize,
     rows: &'a FloatRows,
     y: &'a mut [f32],
@@ -117,16 +122,23 @@ struct Tiles<'a> {
 impl Tiles<'_> {
     #[inline(always)]
     fn run<A: Isa, W: Weights<N>, const N: usize, const STEP: usize>(mut self, isa: A) {
-        let tiles = self.tiles.len() / (self.inputs / STEP * N);
+        let tile_bytes = self.inputs / STEP * N;
+        let tiles = self.tiles.len() / tile_bytes;
         let groups = self.rows.groups;
         let row_bytes = self.inputs * size_of::<f32>() * groups.rows().div_ceil(groups.count().max(1));
         let panel = (PANEL_BYTES / row_bytes).max(1);
-        // As many tiles as one row takes at a time.
+        // As many tiles as one row takes at a time, or as stay near while several groups pass by.
         let most = if A::IS_WIDE { 8 } else { 4 };
+        let most = if groups.count() > 1 { (TILES_BYTES / tile_bytes).clamp(1, most) } else { most };
         for first in (0..groups.count()).step_by(panel) {
+            let last = groups.count().min(first + panel);
             for start in (0..tiles).step_by(most) {
                 let end = tiles.min(start + most);
-                for group in first..groups.count().min(first + panel) {
+                for group in first..last {
+                    // With one group, memory is read in order, and the processor guesses what comes.
+                    let share = (last - first > 1).then(|| (group - first, last - first));
+                    self.ahead =
+                        share.map_or(&[], |share| ahead(self.tiles, start * tile_bytes..end * tile_bytes, share));
                     let rows = groups.get(group);
                     let from = rows.start;
                     let each = (start, end, from);
@@ -165,11 +177,11 @@ impl Tiles<'_> {
     ) {
         let mut tile = start;
         while tile + T <= end {
-            self.tiles::<A, W, N, STEP, T, R>(isa, tile, first);
+            self.tiles::<A, W, N, STEP, T, R>(isa, (tile, end), first);
             tile += T;
         }
         while tile < end {
-            self.tiles::<A, W, N, STEP, 1, R>(isa, tile, first);
+            self.tiles::<A, W, N, STEP, 1, R>(isa, (tile, end), first);
             tile += 1;
         }
     }
@@ -178,7 +190,7 @@ impl Tiles<'_> {
     fn tiles<A: Isa, W: Weights<N>, const N: usize, const STEP: usize, const T: usize, const R: usize>(
         &mut self,
         isa: A,
-        tile: usize,
+        (tile, end): (usize, usize),
         first: usize,
     ) {
         let steps = self.inputs / STEP;
@@ -189,7 +201,9 @@ impl Tiles<'_> {
         let x = &self.rows.values[first * self.inputs..][..R * self.inputs];
         let x: &[[[f32; R]; STEP]] = &x.as_chunks::<R>().0.as_chunks::<STEP>().0[..steps];
         let mut sums = [[isa.splat(0.0); R]; T];
+        let mut fetching = Fetching::new(&mut self.ahead, steps, end - tile, T);
         for step in 0..steps {
+            fetching.step(isa);
             for which in 0..STEP {
                 let x = &x[step][which];
                 let mut widened = [isa.splat(0.0); T];

@@ -38,6 +38,9 @@ impl Isa for Portable {
     type S = [i32; TILE];
 
     #[inline(always)]
+    fn fetch(self, _: &[u8; 4 * TILE]) {}
+
+    #[inline(always)]
     fn splat(self, value: f32) -> Self::F {
         [value; TILE]
     }
