@@ -14,6 +14,7 @@ pub mod observer;
 pub mod route;
 pub mod sampling;
 pub mod session;
+pub mod speeds;
 pub mod stop;
 pub mod view;
 
@@ -26,6 +27,7 @@ use libp2p::PeerId;
 
 use self::{
     backoff::Backoff,
+    choice::Chooser,
     inbox::Inbox,
     local_model::LocalModel,
     observer::Observer,
@@ -34,13 +36,13 @@ use self::{
     view::{Incomplete, SwarmView},
 };
 pub use self::{
-    choice::{BadRoute, PeerRules},
+    choice::{BadRoute, PeerRules, Work},
     inbox::Traffic,
 };
 use crate::{
     engine::{EdgeError, LoadError},
-    model::{chat::ChatError, generation::GenerationError, tokenizer::TokenizerError},
-    swarm::{DiscoverError, JoinError, StartError, Swarm, SwarmConfig, ticket::SessionLimits},
+    model::{Dtype, chat::ChatError, generation::GenerationError, tokenizer::TokenizerError},
+    swarm::{DiscoverError, JoinError, StartError, Swarm, SwarmConfig, WireCodec, ticket::SessionLimits},
 };
 
 /// How many other routes are tried where a hop can't be reached or has no room.
@@ -104,6 +106,7 @@ pub struct Client {
     inbox: Arc<Inbox>,
     patience: Patience,
     rules: Arc<PeerRules>,
+    wire_codec: WireCodec,
     backoff: Arc<Mutex<Backoff>>,
 }
 
@@ -121,13 +124,28 @@ impl Client {
         let inbox = Arc::new(Inbox::default());
         let swarm = observer::join(config, inbox.clone(), join_timeout).await?;
         let observer = Observer::of(swarm, model.identity().clone(), model.spec().num_blocks());
-        Ok(Self { observer, model, inbox, patience, rules: Arc::default(), backoff: Arc::default() })
+        Ok(Self {
+            observer,
+            model,
+            inbox,
+            patience,
+            rules: Arc::default(),
+            wire_codec: WireCodec::Raw,
+            backoff: Arc::default(),
+        })
     }
 
     /// Uses only hops that the rules allow.
     #[must_use]
     pub fn with_rules(self, rules: PeerRules) -> Self {
         Self { rules: Arc::new(rules), ..self }
+    }
+
+    /// Packs hidden states like this on the wire, and uses only hops that can.
+    #[must_use]
+    pub fn with_wire_codec(mut self, codec: WireCodec) -> Self {
+        self.observer.require_codec(codec);
+        Self { wire_codec: codec, ..self }
     }
 
     /// The network.
@@ -191,6 +209,7 @@ impl Client {
         let mut view = self.observer.look_around().await?;
         self.observer.measure(&mut view, true).await;
         view.leave_out_silent();
+        self.observer.fill_in_speeds(&mut view);
         Ok(view)
     }
 
@@ -201,15 +220,31 @@ impl Client {
     /// # Errors
     /// [`Incomplete`] where blocks have no peer that answers, or the last attempt's error.
     pub async fn open_session(&self, limits: SessionLimits, wait: Duration) -> Result<(Session, Route), ClientError> {
+        self.open_session_for(Work::DECODE, limits, wait).await
+    }
+
+    /// As [`Client::open_session`], on the route that is best for this work.
+    ///
+    /// # Errors
+    /// As [`Client::open_session`].
+    pub async fn open_session_for(
+        &self,
+        work: Work,
+        limits: SessionLimits,
+        wait: Duration,
+    ) -> Result<(Session, Route), ClientError> {
         let started = Instant::now();
         let mut last_error: Option<ClientError> = None;
         let (mut look, mut attempts) = (false, 0);
         while attempts < ROUTE_ATTEMPTS {
-            let view = self.view(look).await?;
+            let mut view = self.view(look).await?;
+            if work.is_long() {
+                self.observer.measure_bandwidth(&mut view).await;
+            }
             // What is known may be out of date, so it is no reason to give up.
             let is_last_word = std::mem::replace(&mut look, true) && started.elapsed() >= wait;
-            let route = match self.choose_route(&view) {
-                Ok(Some(route)) => route,
+            let route = match self.choose_route(&self.chooser(&view, work, limits.max_tokens)) {
+                Ok(Some(route)) => Route { wire_codec: self.wire_codec, ..route },
                 Ok(None) if is_last_word => {
                     return Err(last_error.unwrap_or_else(|| ClientError::Incomplete(Box::new(view.incomplete()))));
                 }
@@ -238,17 +273,26 @@ impl Client {
     }
 
     /// The user's route, or the fastest one; peers that failed of late have a part in it only where there is nobody else.
-    fn choose_route(&self, view: &SwarmView) -> Result<Option<Route>, BadRoute> {
-        if let Some(hops) = self.rules.given(view)? {
+    fn choose_route(&self, chooser: &Chooser<'_>) -> Result<Option<Route>, BadRoute> {
+        let blocks = 0..chooser.view.blocks;
+        if let Some(hops) = self.rules.given(chooser.view)? {
             return Ok(Some(Route::new(hops)));
         }
         let now = Instant::now();
         let allowed = |peer: PeerId| self.rules.allows(peer);
-        let good = choice::fastest(view, 0..view.blocks, |peer| {
+        let good = chooser.fastest(blocks.clone(), |peer| {
             allowed(peer.announcement.peer_id) && !self.avoids(peer.announcement.peer_id, now)
         });
-        let hops = good.or_else(|| choice::fastest(view, 0..view.blocks, |peer| allowed(peer.announcement.peer_id)));
+        let hops = good.or_else(|| chooser.fastest(blocks, |peer| allowed(peer.announcement.peer_id)));
         Ok(hops.map(Route::new))
+    }
+
+    /// Chooses among the peers of a view, for a session that may come to hold so many tokens.
+    pub(crate) fn chooser<'a>(&self, view: &'a SwarmView, work: Work, room: u64) -> Chooser<'a> {
+        let spec = self.model.spec();
+        // Of an f32 session it is half; what matters is how peers compare.
+        let row_bytes = self.wire_codec.row_bytes(Dtype::Bf16, spec.hidden_size);
+        Chooser { view, work, row_bytes, room: room.min(spec.max_context as u64) }
     }
 
     /// Leaves the swarm.

@@ -35,7 +35,7 @@ use crate::{
         source::{ModelSource, SourceError},
     },
     swarm::{
-        AnnounceError, DiscoverError, JoinError, StartError, Swarm, SwarmConfig,
+        AnnounceError, DiscoverError, JoinError, StartError, Swarm, SwarmConfig, WireCodec,
         announcement::{Announcement, State},
     },
 };
@@ -437,6 +437,7 @@ fn announcement(
         model_blocks: blocks,
         span: span.clone(),
         quant: "none".to_owned(),
+        wire_codecs: WireCodec::LOSSY.to_vec(),
         ..Announcement::blank(swarm.peer_id())
     }
 }

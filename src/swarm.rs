@@ -17,6 +17,7 @@
 
 pub mod addresses;
 pub mod announcement;
+pub mod codec;
 pub mod drain;
 mod driver;
 mod error;
@@ -39,6 +40,7 @@ use std::{path::PathBuf, time::Duration};
 use futures::future::BoxFuture;
 
 pub use announcement::{Announcement, AnnouncementError, State};
+pub use codec::WireCodec;
 pub use error::{AnnounceError, DiscoverError, JoinError, LinkError, RpcError, StartError, clean};
 pub use frame::{Frame, FrameLimits};
 pub use handle::{Discovery, Joined, ModelListing, Swarm, WeakSwarm};

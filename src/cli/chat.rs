@@ -45,7 +45,7 @@ pub(super) async fn run(args: ChatArgs) -> anyhow::Result<()> {
         check_template(&model)?;
         connect_with(&args.swarm, model, args.generation.patience()).await
     };
-    let client = signals.guard(connecting).await?.with_rules(args.rules.rules());
+    let client = args.rules.apply(signals.guard(connecting).await?);
     let result = converse(&client, &options, args.system.as_deref(), &mut signals).await;
     client.stop().await;
     result

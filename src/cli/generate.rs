@@ -22,6 +22,7 @@ use crate::{
     },
     engine::DeviceChoice,
     model::{chat::Message, source::ModelSource},
+    swarm::WireCodec,
 };
 
 #[derive(Debug, Args)]
@@ -77,15 +78,21 @@ pub(super) struct RuleArgs {
     /// Don't use these peers.
     #[arg(long, value_name = "PEER_ID,…", value_delimiter = ',')]
     block_peers: Vec<PeerId>,
+    /// How hidden states are packed on the wire: raw, or q8 (8-bit blockwise: half the bytes of bf16, and the tokens may differ
+    /// from those of one machine). Only peers that speak it are used.
+    #[arg(long, env = "HELION_WIRE_CODEC", value_name = "CODEC", default_value_t = WireCodec::Raw)]
+    wire_codec: WireCodec,
 }
 
 impl RuleArgs {
-    pub(super) fn rules(&self) -> PeerRules {
-        PeerRules {
+    /// A client that keeps to them.
+    pub(super) fn apply(&self, client: Client) -> Client {
+        let rules = PeerRules {
             route: self.route.clone(),
             allow: self.allow_peers.iter().copied().collect(),
             block: self.block_peers.iter().copied().collect(),
-        }
+        };
+        client.with_rules(rules).with_wire_codec(self.wire_codec)
     }
 }
 
@@ -295,7 +302,7 @@ pub(super) async fn run(args: GenerateArgs) -> anyhow::Result<()> {
         let model = load_model(&args.swarm).await?;
         let ids = args.prompt.ids(&model)?;
         let client = connect_with(&args.swarm, model, args.generation.patience()).await?;
-        Ok((client.with_rules(args.rules.rules()), ids))
+        Ok((args.rules.apply(client), ids))
     };
     let (client, ids) = signals.guard(connecting).await?;
     let shown = match (args.json, args.json_stream) {

@@ -39,7 +39,7 @@ pub(super) async fn run(args: ScoreArgs) -> anyhow::Result<()> {
         // Better now than when all is computed.
         anyhow::ensure!(directory.is_dir(), "{} can't be written: there is no such directory", args.out.display());
     }
-    let client = signals.guard(connect(&args.swarm, Patience::default())).await?.with_rules(args.rules.rules());
+    let client = args.rules.apply(signals.guard(connect(&args.swarm, Patience::default())).await?);
     use_client(&client, &mut signals, score(&client, &args)).await
 }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::{
-    Client, ClientError,
+    Client, ClientError, Work,
     sampling::{Sampler, SamplingOptions},
     session::{Input, Recovery, Route, Session, Step, StepAnswer, Want},
     stop::StopStrings,
@@ -120,15 +120,18 @@ pub struct Generation {
     pub route: Vec<RouteEntry>,
     /// How many lost hops were replaced on the way.
     pub recoveries: usize,
-    /// Whether all hops computed alike, so that the tokens are those of one machine.
+    /// Whether all hops computed alike and nothing was lost on the wire, so that the tokens are those of one machine.
     pub exact: bool,
+    /// How hidden states were packed on the wire, where that loses something.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub wire_codec: Option<String>,
 }
 
 /// What happens on the way.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum GenerationEvent {
-    /// The route was chosen and the session is open.
+    /// The route was chosen; again where the session moves to a better one.
     Route {
         /// Its hops.
         route: Vec<RouteEntry>,
@@ -225,7 +228,11 @@ impl Client {
         };
         let mut conversation = match kept.take().filter(|kept| kept.session.limits() == limits) {
             Some(conversation) => conversation,
-            None => Conversation { session: self.open_session(limits, options.wait).await?.0, ids: Vec::new() },
+            None => {
+                let work = Work { prompt: prompt_ids.len(), chunk, tokens: longest - prompt_ids.len() };
+                let (session, _) = self.open_session_for(work, limits, options.wait).await?;
+                Conversation { session, ids: Vec::new() }
+            }
         };
         let route_time = started.elapsed();
         on_event(GenerationEvent::Route { route: entries(&conversation.session.route()) });
@@ -259,6 +266,9 @@ impl Client {
             if let Some(reason) = ends {
                 break reason;
             }
+            if session.move_if_better(longest - position).await {
+                on_event(GenerationEvent::Route { route: entries(&session.route()) });
+            }
             answer = if self.model().spec().position_boundary() == Some(position) {
                 // All positions change here: the session is rolled back to 0.
                 let all = [prompt_ids, &writer.output_ids].concat();
@@ -272,6 +282,7 @@ impl Client {
         let completion_tokens = writer.output_ids.len();
         let decode_time = total.saturating_sub(first_token.unwrap_or(total)).as_secs_f64();
         let (route, exact) = (entries(&session.route()), session.is_exact());
+        let wire_codec = Some(session.wire_codec()).filter(|codec| !codec.is_lossless()).map(|codec| codec.to_string());
         // The last token was never sent.
         conversation.ids = prompt_ids.iter().chain(&writer.output_ids[..completion_tokens - 1]).copied().collect();
         *kept = Some(conversation);
@@ -291,6 +302,7 @@ impl Client {
             route,
             recoveries,
             exact,
+            wire_codec,
         })
     }
 
@@ -306,7 +318,8 @@ impl Client {
             max_in_flight: CHUNKS_IN_FLIGHT,
             max_step_tokens: options.prefill_chunk.min(ids.len()).max(1) as u32,
         };
-        let (mut session, _) = self.open_session(limits, options.wait).await?;
+        let work = Work::prompt(ids.len(), options.prefill_chunk.max(1));
+        let (mut session, _) = self.open_session_for(work, limits, options.wait).await?;
         let logits = Vec::with_capacity(ids.len() * self.model().spec().vocab_size);
         let mut all = Some(logits);
         let chunks = Chunks { ids, start: 0, size: options.prefill_chunk.max(1) };

@@ -14,9 +14,9 @@ use futures::{
 };
 use libp2p::PeerId;
 
-use super::{ClientError, inbox::Inbox, local_model::ModelIdentity, view::SwarmView};
+use super::{ClientError, inbox::Inbox, local_model::ModelIdentity, speeds::Speeds, view::SwarmView};
 use crate::swarm::{
-    Swarm, SwarmConfig,
+    Swarm, SwarmConfig, WireCodec,
     announcement::{Announcement, unix_ms},
     proto::rpc,
 };
@@ -38,11 +38,22 @@ const RTT_LIFETIME: Duration = Duration::from_secs(30);
 /// when it is dialled, and costs a retry.
 const VIEW_LIFETIME: Duration = Duration::from_secs(600);
 
-/// What is older than this when it is used is renewed meanwhile, for the next time.
-const REFRESH_AFTER: Duration = Duration::from_secs(10);
+/// What is older than this when it is used is renewed meanwhile, for the next time: so long, and a little for each peer, since all
+/// of them are told about each time.
+const REFRESH_AFTER: Duration = Duration::from_secs(3);
+const REFRESH_AFTER_A_PEER: Duration = Duration::from_millis(20);
 
 /// How long a look-up in the DHT is waited for where peers have told what they know.
 const QUICK_LOOK_UP: Duration = Duration::from_secs(3);
+
+/// A probe that shows a link's bandwidth; a request may have 64 KiB.
+const ECHO_BYTES: usize = 48 * 1024;
+
+/// Peers to which the bandwidth is measured at a time.
+const ECHOES: usize = 32;
+
+/// Peers whose speed is remembered; a larger swarm's are chosen by what they announce.
+const MOST_SPEEDS: usize = 4096;
 
 /// Peers that are asked for what they know, where the view is renewed. One knows nearly all; the others make up for one that lags.
 const EXCHANGE_WITH: usize = 3;
@@ -77,7 +88,10 @@ pub struct Observer {
     swarm: Swarm,
     identity: Arc<ModelIdentity>,
     blocks: usize,
+    /// What peers have to speak to be of use.
+    codec: WireCodec,
     measured: Arc<Mutex<HashMap<PeerId, (Duration, Instant)>>>,
+    speeds: Arc<Mutex<HashMap<PeerId, Speeds>>>,
     known: Arc<Mutex<Known>>,
 }
 
@@ -107,7 +121,25 @@ impl Observer {
 
     /// Looks through a network that was joined already.
     pub(crate) fn of(swarm: Swarm, identity: ModelIdentity, blocks: usize) -> Self {
-        Self { swarm, identity: Arc::new(identity), blocks, measured: Arc::default(), known: Arc::default() }
+        let codec = WireCodec::Raw;
+        Self {
+            swarm,
+            identity: Arc::new(identity),
+            blocks,
+            codec,
+            measured: Arc::default(),
+            speeds: Arc::default(),
+            known: Arc::default(),
+        }
+    }
+
+    /// Leaves out peers that don't speak a codec.
+    pub(crate) fn require_codec(&mut self, codec: WireCodec) {
+        self.codec = codec;
+    }
+
+    fn empty_view(&self) -> SwarmView {
+        SwarmView { codec: self.codec, ..SwarmView::new((*self.identity).clone(), self.blocks) }
     }
 
     /// The network.
@@ -126,7 +158,7 @@ impl Observer {
     /// Where the look-up fails.
     pub async fn look_up(&self) -> Result<SwarmView, ClientError> {
         let discovery = self.swarm.discover(&self.identity.dht_prefix, self.blocks).await?;
-        let mut view = SwarmView::new((*self.identity).clone(), self.blocks);
+        let mut view = self.empty_view();
         view.add(discovery.announcements.clone());
         if !discovery.announcements.is_empty() {
             // Whoever has left is not in it.
@@ -150,7 +182,7 @@ impl Observer {
         }
         let mut known = self.known();
         known.learn(heard);
-        let mut view = SwarmView::new((*self.identity).clone(), self.blocks);
+        let mut view = self.empty_view();
         view.add(known.announcements.values().cloned());
         Ok(view)
     }
@@ -174,7 +206,7 @@ impl Observer {
     /// The swarm as it was known a while ago, with the round trips of then: costs nothing. `None` where nothing is known, or too
     /// long ago. Renews itself meanwhile, for the next time.
     pub(crate) fn recent(&self) -> Option<SwarmView> {
-        let mut view = SwarmView::new((*self.identity).clone(), self.blocks);
+        let mut view = self.empty_view();
         {
             let mut known = self.known();
             let age = known.renewed?.elapsed();
@@ -183,7 +215,8 @@ impl Observer {
             }
             let now = unix_ms();
             view.add(known.announcements.values().filter(|known| known.expires_unix_ms > now).cloned());
-            if age > REFRESH_AFTER && !known.is_renewing {
+            let refresh_after = REFRESH_AFTER + REFRESH_AFTER_A_PEER * known.announcements.len() as u32;
+            if age > refresh_after && !known.is_renewing {
                 known.is_renewing = true;
                 tokio::spawn(self.clone().renew());
             }
@@ -194,7 +227,58 @@ impl Observer {
         }
         drop(measured);
         view.leave_out_silent();
+        self.fill_in_speeds(&mut view);
         Some(view)
+    }
+
+    fn speeds(&self) -> MutexGuard<'_, HashMap<PeerId, Speeds>> {
+        // Every change is one operation on a map.
+        self.speeds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds what was seen of the peers' speeds.
+    pub(crate) fn fill_in_speeds(&self, view: &mut SwarmView) {
+        let speeds = self.speeds();
+        for peer in &mut view.peers {
+            peer.speeds = speeds.get(&peer.announcement.peer_id).copied().unwrap_or_default();
+        }
+    }
+
+    /// Something was seen of a peer's speed.
+    pub(crate) fn learn(&self, peer: PeerId, learn: impl FnOnce(&mut Speeds)) {
+        let mut speeds = self.speeds();
+        if speeds.len() < MOST_SPEEDS || speeds.contains_key(&peer) {
+            learn(speeds.entry(peer).or_default());
+        }
+    }
+
+    /// Measures the bandwidth to the peers of the view to which it is not known, or to some of them: those that are near.
+    pub(crate) async fn measure_bandwidth(&self, view: &mut SwarmView) {
+        let mut unknown: Vec<(Duration, Announcement)> = view
+            .peers
+            .iter()
+            .filter(|peer| !peer.speeds.knows_bandwidth())
+            .filter_map(|peer| Some((peer.rtt?, peer.announcement.clone())))
+            .collect();
+        unknown.sort_by_key(|(rtt, _)| *rtt);
+        let echoes = unknown.into_iter().take(ECHOES).map(|(rtt, peer)| self.measure_echo(rtt, peer));
+        // Whoever takes longer than that has a narrow link; what is known of it then is that the echo has not come.
+        let _ = tokio::time::timeout(PROBE_TIMEOUT, join_all(echoes)).await;
+        self.fill_in_speeds(view);
+    }
+
+    async fn measure_echo(&self, rtt: Duration, peer: Announcement) {
+        let probe = rpc::ProbeRequest { payload: vec![0; ECHO_BYTES].into() };
+        let request = rpc::Request { body: Some(rpc::request::Body::Probe(probe)) };
+        self.learn(peer.peer_id, |speeds| speeds.learn_echo(ECHO_BYTES, PROBE_TIMEOUT));
+        let started = Instant::now();
+        if self.swarm.request(peer.peer_id, &peer.addresses, request, PROBE_TIMEOUT).await.is_ok() {
+            let later = started.elapsed().saturating_sub(rtt);
+            self.learn(peer.peer_id, |speeds| {
+                *speeds = speeds.without_bandwidth();
+                speeds.learn_echo(ECHO_BYTES, later);
+            });
+        }
     }
 
     /// Asks some peers of the swarm for what they know of it, and measures those that are new.
@@ -208,7 +292,7 @@ impl Observer {
         } else {
             self.known().learn(heard);
         }
-        let mut view = SwarmView::new((*self.identity).clone(), self.blocks);
+        let mut view = self.empty_view();
         view.add(self.known().announcements.values().cloned());
         self.measure(&mut view, true).await;
         self.known().is_renewing = false;

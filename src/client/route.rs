@@ -1,4 +1,14 @@
-//! Which peers a session runs through: the route that a decode token passes fastest, as far as is known.
+//! Which peers a session runs through: the route that takes the least time for the work ahead, as far as is known.
+//!
+//! Work goes through a route in frames: a decode token is one, a long prompt is some tens of them that follow each other. The first
+//! frame passes all hops one after the other, and each later one comes out as far behind it as the slowest hop is busy with one:
+//! `time = Σ (link + busy) + (frames − 1) · max busy`. One frame is the lowest latency, many are the highest throughput; the
+//! procedure is the same.
+//!
+//! It goes through the blocks from the last to the first and keeps, for every block, the ways to the end that no other way beats in
+//! both sum and slowest hop. That alone could enter a peer twice, which a session can't; where the best way does, it branches
+//! on where that peer runs (before, behind, or across the second entry) and takes the best of the branches. Time and clock are
+//! arguments; nothing here waits or asks.
 
 use std::ops::Range;
 
@@ -11,10 +21,24 @@ pub struct Candidate {
     pub peer: PeerId,
     /// The blocks it serves; a hop may run any part of them.
     pub span: Range<usize>,
-    /// What passing a token to it costs, seconds: about one one-way delay.
+    /// What passing a frame to it costs however many follow, seconds: a one-way delay, and waiting for its turn.
     pub link_seconds: f64,
-    /// What one block costs it, seconds a token.
+    /// How long a frame keeps the link to it busy, seconds: its bytes over the bandwidth.
+    pub transmission_seconds: f64,
+    /// What one block costs it, seconds a frame.
     pub block_seconds: f64,
+}
+
+impl Candidate {
+    /// How long a frame keeps it, or the link to it, busy when it runs so many blocks.
+    fn busy_seconds(&self, blocks: usize) -> f64 {
+        self.transmission_seconds.max(self.block_seconds * blocks as f64)
+    }
+
+    /// What the first frame takes to pass it.
+    fn first_seconds(&self, blocks: usize) -> f64 {
+        self.link_seconds + self.transmission_seconds + self.block_seconds * blocks as f64
+    }
 }
 
 /// One hop of a route.
@@ -26,156 +50,285 @@ pub struct Hop {
     pub blocks: Range<usize>,
 }
 
-/// The route with the lowest time a token through `blocks`, or `None` where the candidates don't cover them.
+/// A route and what it takes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Choice {
+    /// In the order of their blocks.
+    pub hops: Vec<Hop>,
+    /// For all frames.
+    pub seconds: f64,
+    /// Ways that were weighed: a measure of the work that does not depend on the machine.
+    pub weighed: usize,
+}
+
+/// Up to so many candidates, all are weighed, in all ways: the choice is the best there is. With more, only those that are among the
+/// [`BEST_OF_A_BLOCK`] of some block: a route has a few hops, and the others differ by little.
+const WEIGH_ALL: usize = 24;
+const BEST_OF_A_BLOCK: usize = 6;
+
+/// Ways to the end that are kept for a block, where not all are weighed.
+const WAYS: usize = 6;
+
+/// Once so many ways are weighed, no more branches are looked into where a peer would be entered twice: its entries are joined.
+const MOST_WEIGHED: usize = 300_000;
+
+/// The fastest route through `blocks` for so many frames (at least one), or `None` where the candidates don't cover them.
 ///
-/// A route may enter and leave a span only where some span starts or ends; a cut anywhere else never pays, since block times
-/// are linear. No peer appears twice. Ties go to the earlier candidate. Time: boundaries × candidates.
-pub fn choose(blocks: Range<usize>, candidates: &[Candidate]) -> Option<Vec<Hop>> {
-    /// The best way from a boundary to the end: its time, and the hop that it starts with.
-    struct Best {
-        seconds: f64,
-        hop: Option<(usize, usize)>,
+/// A single frame enters and leaves spans only where some span starts or ends: a cut elsewhere never pays, as block times are
+/// linear. With several, a cut anywhere may even out the hops.
+pub fn choose(blocks: Range<usize>, candidates: &[Candidate], frames: usize) -> Option<Choice> {
+    let later_frames = frames.saturating_sub(1) as f64;
+    let all: Vec<Runner<'_>> = promising(&blocks, candidates, later_frames).into_iter().map(Runner::of).collect();
+    let search = Search { blocks, later_frames, is_rough: candidates.len() > WEIGH_ALL };
+    let mut weighed = 0;
+    let mut best: Option<(f64, Vec<Hop>)> = None;
+    // Branches with the best that their ways may come to: none that is entered twice is as good as that.
+    let mut open: Vec<(Found, Vec<Runner<'_>>)> = Vec::new();
+    open.extend(search.fastest(&all, &mut weighed).map(|way| (way, all)));
+    while let Some(least) = (0..open.len()).min_by(|a, b| open[*a].0.seconds.total_cmp(&open[*b].0.seconds)) {
+        let (way, runners) = open.swap_remove(least);
+        if best.as_ref().is_some_and(|(seconds, _)| *seconds <= way.seconds) {
+            break;
+        }
+        let Some((peer, second_entry)) = entered_twice(&way.hops) else {
+            best = Some((way.seconds, way.hops));
+            break;
+        };
+        let joined = join(way.hops);
+        let seconds = search.seconds(&joined, candidates);
+        if best.as_ref().is_none_or(|(known, _)| seconds < *known) {
+            best = Some((seconds, joined));
+        }
+        if weighed > MOST_WEIGHED {
+            break;
+        }
+        for place in Place::ALL {
+            let mut runners = runners.clone();
+            for runner in runners.iter_mut().filter(|runner| runner.candidate.peer == peer) {
+                runner.restrict(place, second_entry);
+            }
+            open.extend(search.fastest(&runners, &mut weighed).map(|way| (way, runners)));
+        }
+    }
+    best.map(|(seconds, hops)| Choice { hops, seconds, weighed })
+}
+
+/// What a route takes, its hops being among the candidates; infinity where one is not.
+pub fn seconds(hops: &[Hop], candidates: &[Candidate], frames: usize) -> f64 {
+    let later_frames = frames.saturating_sub(1) as f64;
+    Search { blocks: 0..0, later_frames, is_rough: true }.seconds(hops, candidates)
+}
+
+/// The candidates that are worth weighing, in their order.
+fn promising<'a>(blocks: &Range<usize>, candidates: &'a [Candidate], later_frames: f64) -> Vec<&'a Candidate> {
+    if candidates.len() <= WEIGH_ALL {
+        return candidates.iter().collect();
+    }
+    // What a block would take if all were run by such a peer, over its whole span.
+    let merit = |candidate: &Candidate| {
+        let length = candidate.span.len().max(1);
+        (candidate.first_seconds(length)
+            + later_frames * (candidate.block_seconds * length as f64 + candidate.transmission_seconds))
+            / length as f64
+    };
+    let mut by_merit: Vec<(f64, usize)> = candidates.iter().map(merit).zip(0..).collect();
+    by_merit.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let mut better = vec![0; blocks.len()];
+    let mut chosen: Vec<usize> = Vec::new();
+    for (_, index) in by_merit {
+        let span = &candidates[index].span;
+        let (start, end) = (span.start.max(blocks.start), span.end.min(blocks.end));
+        if start < end && better[start - blocks.start..end - blocks.start].iter().any(|count| *count < BEST_OF_A_BLOCK)
+        {
+            better[start - blocks.start..end - blocks.start].iter_mut().for_each(|count| *count += 1);
+            chosen.push(index);
+        }
+    }
+    chosen.sort_unstable();
+    chosen.into_iter().map(|index| &candidates[index]).collect()
+}
+
+/// Where a peer may run, against a block that it would enter a second time.
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    Before,
+    Behind,
+    Across,
+}
+
+impl Place {
+    const ALL: [Self; 3] = [Self::Before, Self::Behind, Self::Across];
+}
+
+/// A candidate, and where it may run in this branch.
+#[derive(Debug, Clone)]
+struct Runner<'a> {
+    candidate: &'a Candidate,
+    span: Range<usize>,
+    /// Blocks that a run of it has to hold together with the one before each.
+    across: Vec<usize>,
+}
+
+impl<'a> Runner<'a> {
+    fn of(candidate: &'a Candidate) -> Self {
+        Self { candidate, span: candidate.span.clone(), across: Vec::new() }
     }
 
-    let mut boundaries: Vec<usize> = candidates.iter().flat_map(|c| [c.span.start, c.span.end]).collect();
-    boundaries.extend([blocks.start, blocks.end]);
-    boundaries.retain(|boundary| (blocks.start..=blocks.end).contains(boundary));
-    boundaries.sort_unstable();
-    boundaries.dedup();
-
-    let mut best: Vec<Option<Best>> = boundaries.iter().map(|_| None).collect();
-    let last = boundaries.len() - 1;
-    best[last] = Some(Best { seconds: 0.0, hop: None });
-    for from in (0..last).rev() {
-        for (index, candidate) in candidates.iter().enumerate() {
-            if !candidate.span.contains(&boundaries[from]) {
-                continue;
-            }
-            for to in from + 1..=last {
-                if boundaries[to] > candidate.span.end {
-                    break;
-                }
-                let Some(rest) = &best[to] else { continue };
-                let length = (boundaries[to] - boundaries[from]) as f64;
-                let seconds = candidate.link_seconds + length * candidate.block_seconds + rest.seconds;
-                if best[from].as_ref().is_none_or(|known| seconds < known.seconds) {
-                    best[from] = Some(Best { seconds, hop: Some((index, to)) });
-                }
-            }
+    fn restrict(&mut self, place: Place, block: usize) {
+        match place {
+            Place::Before => self.span.end = self.span.end.min(block),
+            Place::Behind => self.span.start = self.span.start.max(block),
+            Place::Across => self.across.push(block),
         }
     }
 
+    fn may_run(&self, blocks: &Range<usize>) -> bool {
+        self.across.iter().all(|block| blocks.start < *block && *block < blocks.end)
+    }
+}
+
+/// A way from a block to the end.
+#[derive(Debug, Clone, Copy)]
+struct Way {
+    sum: f64,
+    slowest: f64,
+    /// Who runs its first blocks, up to which boundary, and which of the ways from there it goes on with; none at the end.
+    first: Option<(usize, usize, usize)>,
+}
+
+struct Found {
+    hops: Vec<Hop>,
+    seconds: f64,
+}
+
+struct Search {
+    blocks: Range<usize>,
+    later_frames: f64,
+    /// Keeps only [`WAYS`] ways, none of which enters a peer twice: nothing is left to branch on, and the best may be missed.
+    is_rough: bool,
+}
+
+impl Search {
+    fn seconds(&self, hops: &[Hop], candidates: &[Candidate]) -> f64 {
+        let (mut sum, mut slowest) = (0.0, 0f64);
+        for hop in hops {
+            let Some(candidate) = candidates.iter().find(|candidate| candidate.peer == hop.peer) else {
+                return f64::INFINITY;
+            };
+            sum += candidate.first_seconds(hop.blocks.len());
+            slowest = slowest.max(candidate.busy_seconds(hop.blocks.len()));
+        }
+        sum + self.later_frames * slowest
+    }
+
+    /// The fastest way, which may enter a peer twice.
+    fn fastest(&self, runners: &[Runner<'_>], weighed: &mut usize) -> Option<Found> {
+        let boundaries = self.boundaries(runners);
+        let last = boundaries.len() - 1;
+        let mut ways: Vec<Vec<Way>> = vec![Vec::new(); boundaries.len()];
+        ways[last].push(Way { sum: 0.0, slowest: 0.0, first: None });
+        for from in (0..last).rev() {
+            let mut found = Vec::new();
+            for (index, runner) in runners.iter().enumerate() {
+                if !runner.span.contains(&boundaries[from]) {
+                    continue;
+                }
+                for to in from + 1..=last {
+                    if boundaries[to] > runner.span.end {
+                        break;
+                    }
+                    let run = boundaries[from]..boundaries[to];
+                    if ways[to].is_empty() || !runner.may_run(&run) {
+                        continue;
+                    }
+                    let (first, busy) =
+                        (runner.candidate.first_seconds(run.len()), runner.candidate.busy_seconds(run.len()));
+                    *weighed += ways[to].len();
+                    for (rest, way) in ways[to].iter().enumerate() {
+                        if self.is_rough && runs_in(&ways, way, index) {
+                            continue;
+                        }
+                        let (sum, slowest) = (first + way.sum, busy.max(way.slowest));
+                        self.keep(&mut found, Way { sum, slowest, first: Some((index, to, rest)) });
+                    }
+                }
+            }
+            ways[from] = found;
+        }
+        let total = |way: &Way| way.sum + self.later_frames * way.slowest;
+        let mut way = *ways[0].iter().min_by(|a, b| total(a).total_cmp(&total(b)))?;
+        let seconds = total(&way);
+        let (mut hops, mut at): (Vec<Hop>, usize) = (Vec::new(), 0);
+        while let Some((index, to, rest)) = way.first {
+            hops.push(Hop { peer: runners[index].candidate.peer, blocks: boundaries[at]..boundaries[to] });
+            (at, way) = (to, ways[to][rest]);
+        }
+        Some(Found { hops, seconds })
+    }
+
+    fn boundaries(&self, runners: &[Runner<'_>]) -> Vec<usize> {
+        if self.later_frames > 0.0 {
+            return (self.blocks.start..=self.blocks.end).collect();
+        }
+        let of = |runner: &Runner<'_>| [runner.span.start, runner.span.end].into_iter().chain(runner.across.clone());
+        let mut boundaries: Vec<usize> = runners.iter().flat_map(of).collect();
+        boundaries.extend([self.blocks.start, self.blocks.end]);
+        boundaries.retain(|boundary| (self.blocks.start..=self.blocks.end).contains(boundary));
+        boundaries.sort_unstable();
+        boundaries.dedup();
+        boundaries
+    }
+
+    /// Keeps a way, unless another one is as good in both respects; where there are many, those with the least in all.
+    fn keep(&self, ways: &mut Vec<Way>, new: Way) {
+        let is_as_good = |a: &Way, b: &Way| a.sum <= b.sum && (self.later_frames == 0.0 || a.slowest <= b.slowest);
+        if ways.iter().any(|way| is_as_good(way, &new)) {
+            return;
+        }
+        ways.retain(|way| !is_as_good(&new, way));
+        ways.push(new);
+        if self.is_rough && ways.len() > WAYS {
+            let total = |way: &Way| way.sum + self.later_frames * way.slowest;
+            let worst = (0..ways.len()).max_by(|a, b| total(&ways[*a]).total_cmp(&total(&ways[*b])));
+            worst.map(|worst| ways.swap_remove(worst));
+        }
+    }
+}
+
+/// Whether a runner has a place in a way already.
+fn runs_in(ways: &[Vec<Way>], way: &Way, runner: usize) -> bool {
+    let mut next = way.first;
+    while let Some((index, to, rest)) = next {
+        if index == runner {
+            return true;
+        }
+        next = ways[to][rest].first;
+    }
+    false
+}
+
+/// A peer that has two places, and the block where the second begins.
+fn entered_twice(hops: &[Hop]) -> Option<(PeerId, usize)> {
+    let again = |(index, hop): (usize, &Hop)| {
+        hops[..index].iter().any(|before| before.peer == hop.peer).then_some((hop.peer, hop.blocks.start))
+    };
+    hops.iter().enumerate().find_map(again)
+}
+
+/// Whoever is entered twice runs what lies between as well: its span covers it.
+fn join(way: Vec<Hop>) -> Vec<Hop> {
     let mut hops: Vec<Hop> = Vec::new();
-    let mut at = 0;
-    while let Some((index, to)) = best[at].as_ref()?.hop {
-        let (peer, blocks) = (candidates[index].peer, boundaries[at]..boundaries[to]);
-        // A session has one place on a peer. One that is entered twice runs what lies between as well: its span covers it.
-        match hops.iter().position(|hop| hop.peer == peer) {
+    for hop in way {
+        match hops.iter().position(|before| before.peer == hop.peer) {
             Some(first) => {
                 hops.truncate(first + 1);
-                hops[first].blocks.end = blocks.end;
+                hops[first].blocks.end = hop.blocks.end;
             }
-            None => hops.push(Hop { peer, blocks }),
+            None => hops.push(hop),
         }
-        at = to;
     }
-    Some(hops)
+    hops
 }
 
 #[cfg(test)]
-mod tests {
-    use libp2p::identity::Keypair;
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn candidate(span: Range<usize>, link_seconds: f64, block_seconds: f64) -> Candidate {
-        let peer = Keypair::generate_ed25519().public().to_peer_id();
-        Candidate { peer, span, link_seconds, block_seconds }
-    }
-
-    fn seconds(route: &[Hop], candidates: &[Candidate]) -> f64 {
-        route
-            .iter()
-            .map(|hop| {
-                let candidate = candidates.iter().find(|c| c.peer == hop.peer).unwrap();
-                candidate.link_seconds + hop.blocks.len() as f64 * candidate.block_seconds
-            })
-            .sum()
-    }
-
-    #[test]
-    fn one_peer_that_serves_all_beats_two_on_equal_links() {
-        let candidates = [candidate(0..4, 0.01, 0.001), candidate(4..8, 0.01, 0.001), candidate(0..8, 0.01, 0.001)];
-        let route = choose(0..8, &candidates).unwrap();
-        assert_eq!(route, [Hop { peer: candidates[2].peer, blocks: 0..8 }]);
-    }
-
-    #[test]
-    fn a_gap_has_no_route() {
-        assert_eq!(choose(0..8, &[candidate(0..4, 0.0, 0.1), candidate(5..8, 0.0, 0.1)]), None);
-        assert_eq!(choose(0..8, &[]), None);
-    }
-
-    #[test]
-    fn a_slow_peer_runs_only_what_nobody_else_serves() {
-        let candidates = [candidate(0..8, 0.0, 1.0), candidate(0..3, 0.001, 0.001), candidate(5..8, 0.001, 0.001)];
-        let route = choose(0..8, &candidates).unwrap();
-        let spans: Vec<_> = route.iter().map(|hop| hop.blocks.clone()).collect();
-        assert_eq!(spans, [0..3, 3..5, 5..8]);
-    }
-
-    #[test]
-    fn a_gap_in_a_route_may_be_filled_by_parts_of_spans() {
-        let candidates = [candidate(0..6, 0.0, 0.1), candidate(5..12, 0.0, 0.1)];
-        let spans: Vec<_> = choose(4..8, &candidates).unwrap().into_iter().map(|hop| hop.blocks).collect();
-        assert!(spans == [4..6, 6..8] || spans == [4..5, 5..8], "{spans:?}");
-        assert_eq!(choose(4..13, &candidates), None);
-    }
-
-    /// Every route there is, by trying all ends of every hop; `once` leaves out those that enter a peer twice.
-    fn exhaustive(blocks: usize, from: usize, candidates: &[Candidate], once: bool) -> Option<f64> {
-        if from == blocks {
-            return Some(0.0);
-        }
-        let mut best: Option<f64> = None;
-        for candidate in candidates.iter().filter(|c| c.span.contains(&from)) {
-            let others: Vec<_> = candidates.iter().filter(|c| !once || c.peer != candidate.peer).cloned().collect();
-            for to in from + 1..=candidate.span.end.min(blocks) {
-                if let Some(rest) = exhaustive(blocks, to, &others, once) {
-                    let total = candidate.link_seconds + (to - from) as f64 * candidate.block_seconds + rest;
-                    best = Some(best.map_or(total, |known| known.min(total)));
-                }
-            }
-        }
-        best
-    }
-
-    proptest! {
-        #[test]
-        fn as_good_as_exhaustive_search(
-            spans in proptest::collection::vec((0usize..6, 1usize..5, 0.0..0.1f64, 0.001..0.1f64), 1..6),
-        ) {
-            let candidates: Vec<_> = spans.iter()
-                .map(|&(start, length, link, block)| candidate(start..(start + length).min(6), link, block))
-                .collect();
-            match (choose(0..6, &candidates), exhaustive(6, 0, &candidates, true)) {
-                (None, None) => {}
-                (Some(route), Some(best)) => {
-                    prop_assert_eq!(route.first().unwrap().blocks.start, 0);
-                    prop_assert!(route.windows(2).all(|pair| pair[0].blocks.end == pair[1].blocks.start));
-                    prop_assert_eq!(route.last().unwrap().blocks.end, 6);
-                    let found = seconds(&route, &candidates);
-                    prop_assert!(found > best - 1e-9);
-                    // Where entering a peer twice would not have been faster, the route is the fastest.
-                    if exhaustive(6, 0, &candidates, false).unwrap() > best - 1e-9 {
-                        prop_assert!(found < best + 1e-9);
-                    }
-                    let peers: std::collections::HashSet<_> = route.iter().map(|hop| hop.peer).collect();
-                    prop_assert_eq!(peers.len(), route.len());
-                }
-                (found, best) => prop_assert!(false, "found {found:?}, and the best takes {best:?}"),
-            }
-        }
-    }
-}
+mod tests;

@@ -7,6 +7,7 @@
 //! sees a pause, and later what happened ([`Session::take_recoveries`]).
 
 mod error;
+mod moving;
 mod opening;
 mod plan;
 mod repair;
@@ -22,18 +23,20 @@ use libp2p::PeerId;
 
 pub use self::{error::SessionError, repair::Recovery};
 use self::{
+    moving::Moves,
     opening::HopLink,
     repair::{Repairs, Telling},
 };
 use super::{
     Client,
     inbox::{Event, Mailbox},
+    speeds::HopStep,
 };
 use crate::{
     engine::{HiddenStates, LaneRun},
     model::Dtype,
     swarm::{
-        Frame, Link,
+        Frame, Link, WireCodec,
         announcement::Announcement,
         clean,
         history::{History, Place, Rows},
@@ -85,13 +88,15 @@ pub struct Route {
     pub hops: Vec<RouteHop>,
     /// How hidden states travel: `f32` where all hops compute in it, `bf16` otherwise.
     pub wire_dtype: Dtype,
+    /// How they are packed.
+    pub wire_codec: WireCodec,
 }
 
 impl Route {
     /// A route of these hops.
     pub fn new(hops: Vec<RouteHop>) -> Self {
         let all_f32 = hops.iter().all(|hop| hop.announcement.dtype == Dtype::F32);
-        Self { hops, wire_dtype: if all_f32 { Dtype::F32 } else { Dtype::Bf16 } }
+        Self { hops, wire_dtype: if all_f32 { Dtype::F32 } else { Dtype::Bf16 }, wire_codec: WireCodec::Raw }
     }
 
     /// Whether all hops compute alike, so that where the cuts lie can't change a token.
@@ -207,12 +212,14 @@ pub struct Session {
     mailbox: Mailbox,
     limits: SessionLimits,
     wire_dtype: Dtype,
+    wire_codec: WireCodec,
     next_number: u64,
     confirmed: u64,
     sent: VecDeque<Sent>,
     last_answer: Instant,
     history: History<Input>,
     repairs: Repairs,
+    moves: Moves,
     /// What the first hop is being told, where it took a lost one's place: steps wait behind that.
     telling: Option<Telling>,
     /// Something went wrong where nobody could wait for a repair.
@@ -240,6 +247,11 @@ impl Session {
         self.wire_dtype
     }
 
+    /// How they are packed.
+    pub fn wire_codec(&self) -> WireCodec {
+        self.wire_codec
+    }
+
     /// What the session may use on every hop.
     pub fn limits(&self) -> SessionLimits {
         self.limits
@@ -247,7 +259,11 @@ impl Session {
 
     /// The route that it takes now.
     pub fn route(&self) -> Route {
-        Route { hops: self.hops.iter().map(HopLink::route_hop).collect(), wire_dtype: self.wire_dtype }
+        Route {
+            hops: self.hops.iter().map(HopLink::route_hop).collect(),
+            wire_dtype: self.wire_dtype,
+            wire_codec: self.wire_codec,
+        }
     }
 
     /// Sends a step to the first hop and returns its number. Doesn't wait: where the hop is lost, [`Session::receive`] notices.
@@ -271,7 +287,7 @@ impl Session {
                 .iter()
                 .map(|run| proto::LaneRun { lane: run.lane, position: run.position as u64, tokens: run.tokens as u32 })
                 .collect(),
-            tensor: Some(wire_tensor(&hidden)),
+            tensor: Some(self.wire_tensor(&hidden)),
             want: match want {
                 Want::Last => proto::Want::Last,
                 Want::All => proto::Want::All,
@@ -297,7 +313,8 @@ impl Session {
         self.next_number += 1;
         self.sent.push_back(Sent { header: header.clone(), input, rows_wanted, at: Instant::now() });
         if self.telling.is_none() && self.broken.is_none() {
-            self.transmit(header, hidden.bytes);
+            let payload = self.pack(hidden);
+            self.transmit(header, payload);
         }
         Ok(number)
     }
@@ -352,8 +369,9 @@ impl Session {
                         }
                     }
                     Some((from, proto::frame::Body::Replayed(replayed), _)) => self.told(from, &replayed)?,
-                    Some((from, proto::frame::Body::Opened(_), _)) => {
+                    Some((from, proto::frame::Body::Opened(opened), _)) => {
                         self.unopened.remove(&from);
+                        self.learn_load(from, &opened);
                     }
                     Some((from, proto::frame::Body::Pong(_), _)) => {
                         if let Some((_, silent)) = &mut watch.asked {
@@ -423,7 +441,15 @@ impl Session {
                         shape.1, shape.2, shape.0, sent.rows_wanted, width, self.wire_dtype
                     )));
                 }
-                let hidden = HiddenStates::new(dtype, shape.1, shape.2, payload).map_err(|e| bad(e.to_string()))?;
+                if tensor.codec != announcement::WireCodec::from(self.wire_codec) as i32 {
+                    return Err(bad(format!(
+                        "packed as codec {}, and {} was agreed on",
+                        tensor.codec, self.wire_codec
+                    )));
+                }
+                let bytes =
+                    self.wire_codec.decode(dtype, (shape.1, shape.2), payload).map_err(|e| bad(e.to_string()))?;
+                let hidden = HiddenStates::new(dtype, shape.1, shape.2, bytes).map_err(|e| bad(e.to_string()))?;
                 if let Some(row) = hidden.first_non_finite() {
                     return Err(bad(format!("row {row} holds a number that is not finite")));
                 }
@@ -431,6 +457,7 @@ impl Session {
             }
         };
         let number = sent.header.number;
+        let rows = sent.input.count();
         self.sent.pop_front();
         if self.confirmed == 0 {
             self.hops.iter().for_each(|hop| self.client.succeeded(hop.peer));
@@ -438,8 +465,25 @@ impl Session {
         self.confirmed = number;
         self.last_answer = Instant::now();
         let micros = |us: u32| Duration::from_micros(u64::from(us));
-        let times = output.times.iter().map(|time| (micros(time.queue_us), micros(time.compute_us))).collect();
+        let times: Vec<_> = output.times.iter().map(|time| (micros(time.queue_us), micros(time.compute_us))).collect();
+        self.learn_times(rows, &times);
         Ok(Some(StepAnswer { number, hidden, times }))
+    }
+
+    /// What a step took at each hop is what the next route is chosen by.
+    fn learn_times(&self, rows: usize, times: &[(Duration, Duration)]) {
+        if times.len() != self.hops.len() {
+            return;
+        }
+        for (hop, &(queued, computed)) in self.hops.iter().zip(times) {
+            let step = HopStep { rows, blocks: hop.blocks.len(), queued, computed };
+            self.client.observer().learn(hop.peer, |speeds| speeds.learn_step(step));
+        }
+    }
+
+    fn learn_load(&self, peer: PeerId, opened: &proto::Opened) {
+        let now = Instant::now();
+        self.client.observer().learn(peer, |speeds| speeds.learn_load(opened.cache_tokens_left, now));
     }
 
     /// Turns faults and lost links of this session's hops into errors; lets their other frames through.
@@ -505,6 +549,21 @@ impl Session {
         SessionError::HopLost { peer, blocks, why, silent: true }
     }
 
+    /// What a frame says of the rows in its payload.
+    fn wire_tensor(&self, hidden: &HiddenStates) -> proto::Tensor {
+        proto::Tensor {
+            dtype: announcement::Dtype::from(hidden.dtype).into(),
+            rows: hidden.rows as u32,
+            hidden: hidden.hidden as u32,
+            codec: announcement::WireCodec::from(self.wire_codec).into(),
+        }
+    }
+
+    /// Rows as a frame carries them.
+    fn pack(&self, hidden: HiddenStates) -> Bytes {
+        self.wire_codec.encode(hidden.dtype, hidden.hidden, hidden.bytes)
+    }
+
     fn send_to(&self, hop: &HopLink, body: proto::frame::Body, payload: Bytes) -> Result<(), SessionError> {
         let header = proto::Frame { session: self.id.to_wire(), epoch: self.epoch, body: Some(body) };
         hop.link.send(Frame { header, payload }).map_err(|error| self.lost(hop.peer, error.to_string()))
@@ -524,14 +583,6 @@ impl Drop for Session {
 /// Over a slow link a prompt's chunks take a while.
 fn shows_life(link: &Link, since: Instant) -> bool {
     link.last_heard() > since || (link.waiting_bytes() > 0 && link.last_progress() > since)
-}
-
-fn wire_tensor(hidden: &HiddenStates) -> proto::Tensor {
-    proto::Tensor {
-        dtype: announcement::Dtype::from(hidden.dtype).into(),
-        rows: hidden.rows as u32,
-        hidden: hidden.hidden as u32,
-    }
 }
 
 /// What [`Session::receive`] knows of the hops while a step is overdue.

@@ -5,10 +5,13 @@ use std::{fmt, ops::Range, time::Duration};
 use libp2p::PeerId;
 use serde::Serialize;
 
-use super::local_model::ModelIdentity;
+use super::{local_model::ModelIdentity, speeds::Speeds};
 use crate::{
     model::fingerprint::Fingerprint,
-    swarm::announcement::{Announcement, State},
+    swarm::{
+        WireCodec,
+        announcement::{Announcement, State},
+    },
 };
 
 /// One peer of the swarm.
@@ -18,6 +21,8 @@ pub struct PeerView {
     pub announcement: Announcement,
     /// The round trip to it, where it answered.
     pub rtt: Option<Duration>,
+    /// What was seen of its speed.
+    pub speeds: Speeds,
 }
 
 /// A swarm as seen at one moment.
@@ -33,6 +38,10 @@ pub struct SwarmView {
     pub foreign: Vec<Announcement>,
     /// Peers that serve it in a quantization that was not asked for. Never used.
     pub unfit: Vec<Announcement>,
+    /// What peers have to speak.
+    pub codec: WireCodec,
+    /// Peers that serve it and don't. Never used.
+    pub without_codec: Vec<Announcement>,
     /// Peers that serve it, as the DHT says, and don't answer.
     pub silent: Vec<Announcement>,
 }
@@ -40,7 +49,16 @@ pub struct SwarmView {
 impl SwarmView {
     /// Nobody, as yet.
     pub fn new(identity: ModelIdentity, blocks: usize) -> Self {
-        Self { identity, blocks, peers: Vec::new(), foreign: Vec::new(), unfit: Vec::new(), silent: Vec::new() }
+        Self {
+            identity,
+            blocks,
+            peers: Vec::new(),
+            foreign: Vec::new(),
+            unfit: Vec::new(),
+            codec: WireCodec::Raw,
+            without_codec: Vec::new(),
+            silent: Vec::new(),
+        }
     }
 
     /// Adds what was discovered under the model's prefix. Peers that left are not in it.
@@ -54,8 +72,10 @@ impl SwarmView {
                 self.foreign.push(announcement);
             } else if !quants.is_empty() && !quants.contains(&announcement.quant) {
                 self.unfit.push(announcement);
+            } else if !self.codec.is_lossless() && !announcement.wire_codecs.contains(&self.codec) {
+                self.without_codec.push(announcement);
             } else {
-                self.peers.push(PeerView { announcement, rtt: None });
+                self.peers.push(PeerView { announcement, rtt: None, speeds: Speeds::default() });
             }
         }
         self.peers
@@ -113,6 +133,8 @@ impl SwarmView {
             silent: self.silent.iter().map(|silent| (silent.peer_id, silent.span.clone())).collect(),
             unfit: self.unfit.iter().map(|unfit| (unfit.span.clone(), unfit.quant.clone())).collect(),
             quants: self.identity.quants.clone(),
+            codec: self.codec,
+            without_codec: self.without_codec.iter().map(|peer| (peer.peer_id, peer.span.clone())).collect(),
             fingerprint: self.identity.fingerprint,
         }
     }
@@ -157,6 +179,8 @@ pub struct Incomplete {
     silent: Vec<(PeerId, Range<usize>)>,
     unfit: Vec<(Range<usize>, String)>,
     quants: Vec<String>,
+    codec: WireCodec,
+    without_codec: Vec<(PeerId, Range<usize>)>,
     fingerprint: Fingerprint,
 }
 
@@ -203,6 +227,11 @@ impl fmt::Display for Incomplete {
             let named = |(span, quant): &(Range<usize>, String)| format!("{} in {quant}", range(span));
             let (wanted, unfit) = (self.quants.join(" or "), spans(&mut self.unfit.iter().map(named)));
             write!(f, "; left out, because --require-quant asks for {wanted}: {unfit}")?;
+        }
+        if !self.without_codec.is_empty() {
+            let named = |(peer, span): &(PeerId, Range<usize>)| format!("{peer} ({})", range(span));
+            let without = spans(&mut self.without_codec.iter().map(named));
+            write!(f, "; left out, because they don't speak --wire-codec {}: {without}", self.codec)?;
         }
         if let Some(gap) = self.missing.first() {
             write!(
@@ -355,5 +384,26 @@ mod tests {
         for part in ["blocks 4:8", "--require-quant asks for none", "4:8 in q4_k", "4:8 in q8_0"] {
             assert!(message.contains(part), "{message}");
         }
+    }
+
+    #[test]
+    fn peers_that_do_not_speak_the_codec_are_left_out_and_named() {
+        let identity = ModelIdentity {
+            name: "m".to_owned(),
+            argument: "m".to_owned(),
+            dht_prefix: "m".to_owned(),
+            fingerprint: Fingerprint([7; 32]),
+            quants: Vec::new(),
+        };
+        let old = peer(0..8, "none");
+        let new = Announcement { wire_codecs: vec![WireCodec::Q8], ..peer(0..6, "none") };
+        let mut view = SwarmView { codec: WireCodec::Q8, ..SwarmView::new(identity.clone(), 8) };
+        view.add([old.clone(), new.clone()]);
+        assert_eq!(view.missing(), vec![6..8]);
+        let message = view.incomplete().to_string();
+        assert!(message.contains(&format!("don't speak --wire-codec q8: {} (0:8)", old.peer_id)), "{message}");
+        let mut any = SwarmView::new(identity, 8);
+        any.add([old, new]);
+        assert!(any.missing().is_empty());
     }
 }

@@ -10,7 +10,7 @@ use crate::{
     model::{Dtype, fingerprint::Fingerprint},
     swarm::{
         announcement::Announcement,
-        proto::session as proto,
+        proto::{announcement, session as proto},
         ticket::{SessionLimits, Ticket},
     },
 };
@@ -168,14 +168,14 @@ pub fn check_step(ticket: &Ticket, hidden: usize, step: &proto::Step, payload: B
     if tensor.rows == 0 || tensor.rows > ticket.limits.max_step_tokens {
         return Err(bad(format!("{} rows, and the ticket allows 1 to {}", tensor.rows, ticket.limits.max_step_tokens)));
     }
-    let expected = tensor.rows as usize * hidden * dtype.size_in_bytes();
-    if payload.len() != expected {
+    if announcement::WireCodec::from(ticket.wire_codec) as i32 != tensor.codec {
         return Err(bad(format!(
-            "{} bytes, and {} rows of {hidden} in {dtype} are {expected}",
-            payload.len(),
-            tensor.rows
+            "hidden states packed as codec {}, and the ticket says {}",
+            tensor.codec, ticket.wire_codec
         )));
     }
+    let shape = (tensor.rows as usize, hidden);
+    let bytes = ticket.wire_codec.decode(dtype, shape, payload).map_err(|error| bad(error.to_string()))?;
     let mut seen = HashSet::new();
     let mut rows = 0u64;
     for run in &step.lanes {
@@ -217,7 +217,7 @@ pub fn check_step(ticket: &Ticket, hidden: usize, step: &proto::Step, payload: B
             .iter()
             .map(|run| LaneRun { lane: run.lane, position: run.position as usize, tokens: run.tokens as usize })
             .collect(),
-        hidden: HiddenStates { dtype, rows: rows as usize, hidden, bytes: payload },
+        hidden: HiddenStates { dtype, rows: rows as usize, hidden, bytes },
         keep,
         rope_length: (step.rope_length > 0).then_some(step.rope_length as usize),
     })
@@ -228,7 +228,7 @@ mod tests {
     use libp2p::identity::Keypair;
 
     use super::*;
-    use crate::swarm::ticket::SessionId;
+    use crate::swarm::{WireCodec, ticket::SessionId};
 
     fn peer() -> PeerId {
         Keypair::generate_ed25519().public().to_peer_id()
@@ -249,6 +249,7 @@ mod tests {
             fingerprint: Fingerprint([1; 32]),
             blocks: 2..6,
             wire_dtype: Dtype::Bf16,
+            wire_codec: WireCodec::Raw,
             limits: SessionLimits { max_lanes: 2, max_tokens: 10, max_in_flight: 2, max_step_tokens: 4 },
             expires_unix_ms: 0,
         };
@@ -308,6 +309,7 @@ mod tests {
                 dtype: crate::swarm::proto::announcement::Dtype::Bf16.into(),
                 rows,
                 hidden: 4,
+                ..Default::default()
             }),
             want: proto::Want::Last.into(),
             ..Default::default()
@@ -338,6 +340,7 @@ mod tests {
             (with(&|s| tensor(s, &|t| t.dtype = 1)), 32, "hidden states in f32"),
             (with(&|s| tensor(s, &|t| t.dtype = 77)), 16, "doesn't know"),
             (with(&|s| tensor(s, &|t| t.hidden = 5)), 20, "hidden size 5"),
+            (with(&|s| tensor(s, &|t| t.codec = 1)), 16, "packed as codec 1"),
             (with(&|s| tensor(s, &|t| t.rows = 0)), 0, "0 rows"),
             (with(&|s| tensor(s, &|t| t.rows = u32::MAX)), 16, "rows, and the ticket"),
             (two.clone(), 15, "15 bytes"),

@@ -28,7 +28,7 @@ use super::{
 use crate::{
     engine::{Cache, Engine, HiddenStates, Job, LaneRun, Owner, Place, StepError, StepOutput},
     swarm::{
-        Frame, Link, SendError, clean,
+        Frame, Link, SendError, WireCodec, clean,
         proto::{announcement, session as proto},
         ticket::{SessionId, Ticket},
     },
@@ -174,7 +174,8 @@ impl HopSession {
             ));
         }
         let (old, new) = (&inner.ticket, &ticket);
-        if (&old.blocks, old.wire_dtype, old.limits) != (&new.blocks, new.wire_dtype, new.limits) {
+        let agreed = |ticket: &Ticket| (ticket.blocks.clone(), ticket.wire_dtype, ticket.wire_codec, ticket.limits);
+        if agreed(old) != agreed(new) {
             return Err(Refusal::new(
                 proto::Code::BadTicket,
                 "blocks, dtype and limits of a session can't change; open a new one",
@@ -340,16 +341,14 @@ impl HopSession {
         }
         let Reply { step, output, .. } = reply;
         let number = step.number;
-        let tensor = (output.rows > 0).then(|| proto::Tensor {
-            dtype: announcement::Dtype::from(output.dtype).into(),
-            rows: output.rows as u32,
-            hidden: output.hidden as u32,
-        });
+        let codec = inner.ticket.wire_codec;
+        let tensor = (output.rows > 0).then(|| wire_tensor(&output, codec));
         let (link, body) = match &inner.downstream {
             Some(next) => (next, proto::frame::Body::Step(proto::Step { tensor, ..step })),
             None => (&inner.control, proto::frame::Body::Output(proto::Output { number, tensor, times: step.times })),
         };
-        let frame = Frame { header: self.header(inner.log.epoch(), body), payload: output.bytes };
+        let payload = codec.encode(output.dtype, output.hidden, output.bytes);
+        let frame = Frame { header: self.header(inner.log.epoch(), body), payload };
         let Err(error) = link.send(frame) else { return };
         let peer = link.peer();
         if peer == self.client {
@@ -456,6 +455,16 @@ impl HopSession {
 
     fn header(&self, epoch: u64, body: proto::frame::Body) -> proto::Frame {
         proto::Frame { session: self.id.to_wire(), epoch, body: Some(body) }
+    }
+}
+
+/// What a frame says of the rows in its payload.
+fn wire_tensor(states: &HiddenStates, codec: WireCodec) -> proto::Tensor {
+    proto::Tensor {
+        dtype: announcement::Dtype::from(states.dtype).into(),
+        rows: states.rows as u32,
+        hidden: states.hidden as u32,
+        codec: announcement::WireCodec::from(codec).into(),
     }
 }
 

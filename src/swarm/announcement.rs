@@ -16,7 +16,10 @@ use libp2p::{
 };
 use prost::Message;
 
-use super::proto::announcement::{self as wire, SignedAnnouncement};
+use super::{
+    WireCodec,
+    proto::announcement::{self as wire, SignedAnnouncement},
+};
 use crate::model::Dtype;
 
 /// Separates these signatures from all others that the same key makes.
@@ -36,6 +39,8 @@ pub const MAX_ADDRESSES: usize = 16;
 const MAX_ADDRESS_BYTES: usize = 256;
 const MAX_NAME_BYTES: usize = 256;
 const MAX_ADAPTERS: usize = 16;
+/// More than will ever be worth having.
+const MAX_WIRE_CODECS: usize = 16;
 const MAX_PUBLIC_KEY_BYTES: usize = 128;
 const FINGERPRINT_BYTES: usize = 32;
 
@@ -91,6 +96,8 @@ pub struct Announcement {
     pub cache_tokens_total: u64,
     /// Steps waiting.
     pub queue: u32,
+    /// The lossy codecs that it speaks.
+    pub wire_codecs: Vec<WireCodec>,
     /// Names of the adapters that are loaded.
     pub adapters: Vec<String>,
     /// Where to dial, without `/p2p`.
@@ -235,6 +242,9 @@ fn check_fields(body: &wire::Announcement) -> Result<(), AnnouncementError> {
     for (field, name) in names {
         check_name(field, name)?;
     }
+    if body.wire_codecs.len() > MAX_WIRE_CODECS {
+        return Err(refused("wire_codecs", format!("{} of them, {MAX_WIRE_CODECS} at most", body.wire_codecs.len())));
+    }
     if body.adapters.len() > MAX_ADAPTERS {
         return Err(refused("adapters", format!("{} of them, {MAX_ADAPTERS} at most", body.adapters.len())));
     }
@@ -330,6 +340,7 @@ impl Announcement {
             cache_tokens_left: 0,
             cache_tokens_total: 0,
             queue: 0,
+            wire_codecs: Vec::new(),
             adapters: Vec::new(),
             addresses: Vec::new(),
             relayed: false,
@@ -392,6 +403,7 @@ impl Announcement {
             cache_tokens_total: self.cache_tokens_total,
             queue: self.queue,
             adapters: self.adapters.clone(),
+            wire_codecs: self.wire_codecs.iter().map(|codec| wire::WireCodec::from(*codec).into()).collect(),
             addresses: self.addresses.iter().map(|address| address.to_vec().into()).collect(),
             relayed: self.relayed,
             public_name: self.public_name.clone(),
@@ -418,8 +430,11 @@ impl TryFrom<Verified> for Announcement {
         let dtype = Dtype::try_from(body.dtype()).map_err(|_| AnnouncementError::UnknownVariant { field: "dtype" })?;
         let fingerprint = <[u8; FINGERPRINT_BYTES]>::try_from(body.fingerprint.as_ref())
             .map_err(|_| refused("fingerprint", "wrong length"))?;
+        // One that this version doesn't know is of no use to it.
+        let wire_codecs = body.wire_codecs().map(WireCodec::from).filter(|codec| !codec.is_lossless()).collect();
         Ok(Self {
             peer_id,
+            wire_codecs,
             dht_prefix: body.dht_prefix,
             model: body.model,
             fingerprint,

@@ -257,7 +257,7 @@ mod tests {
         });
         let step = (any::<u64>(), prop::collection::vec(lane, 0..20), any::<(u32, u32)>()).prop_map(
             |(number, lanes, (rows, hidden))| {
-                let tensor = Some(Tensor { dtype: 1, rows, hidden });
+                let tensor = Some(Tensor { dtype: 1, rows, hidden, codec: 0 });
                 Body::Step(Step { number, lanes, tensor, ..Step::default() })
             },
         );

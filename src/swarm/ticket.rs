@@ -14,7 +14,10 @@ use prost::Message;
 
 use crate::{
     model::{Dtype, fingerprint::Fingerprint},
-    swarm::proto::{announcement, session as proto},
+    swarm::{
+        WireCodec,
+        proto::{announcement, session as proto},
+    },
 };
 
 /// Keeps a ticket's signature from being valid for anything else that the same key signs.
@@ -86,6 +89,8 @@ pub struct Ticket {
     pub blocks: Range<usize>,
     /// How hidden states travel, and what the residual is rounded to after every block.
     pub wire_dtype: Dtype,
+    /// How they are packed.
+    pub wire_codec: WireCodec,
     /// What the session may use.
     pub limits: SessionLimits,
     /// When it may no longer be used to open, Unix milliseconds.
@@ -132,6 +137,7 @@ impl Ticket {
             start: self.blocks.start as u32,
             end: self.blocks.end as u32,
             wire_dtype: announcement::Dtype::from(self.wire_dtype).into(),
+            wire_codec: announcement::WireCodec::from(self.wire_codec).into(),
             max_lanes: self.limits.max_lanes,
             max_tokens: self.limits.max_tokens,
             max_in_flight: self.limits.max_in_flight,
@@ -202,6 +208,9 @@ impl Ticket {
             ),
             blocks: wire.start as usize..wire.end as usize,
             wire_dtype: wire.wire_dtype().try_into().map_err(|_| bad("wire dtype", wire.wire_dtype.to_string()))?,
+            wire_codec: announcement::WireCodec::try_from(wire.wire_codec)
+                .map_err(|_| bad("wire codec", format!("{}, which this version doesn't know", wire.wire_codec)))?
+                .into(),
             limits: SessionLimits {
                 max_lanes: wire.max_lanes,
                 max_tokens: wire.max_tokens,
@@ -231,6 +240,7 @@ mod tests {
             fingerprint: Fingerprint([7; 32]),
             blocks: 2..6,
             wire_dtype: Dtype::Bf16,
+            wire_codec: WireCodec::Q8,
             limits: SessionLimits { max_lanes: 1, max_tokens: 100, max_in_flight: 4, max_step_tokens: 64 },
             expires_unix_ms: 1_000_000_000,
         }
@@ -274,6 +284,7 @@ mod tests {
             (Box::new(|t| t.max_lanes = 0), "max_lanes"),
             (Box::new(|t| t.session = vec![1, 2].into()), "session id"),
             (Box::new(|t| t.wire_dtype = 99), "wire dtype"),
+            (Box::new(|t| t.wire_codec = 99), "wire codec"),
             (Box::new(|t| t.upstream = vec![0; 3].into()), "upstream"),
         ] {
             let mut open = ticket(&key).sign(&key).unwrap();

@@ -6,10 +6,11 @@ mod gguf;
 mod golden;
 mod house;
 mod hub;
+#[path = "../../benches/wan/link.rs"]
+mod link;
 mod load;
 mod loading;
 mod made;
 mod packed;
-mod proxy;
 mod swarm;
 mod tokenizers;

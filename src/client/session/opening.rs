@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::future;
 use libp2p::PeerId;
 
-use super::{Repairs, Route, RouteHop, Session, SessionError, shows_life};
+use super::{Moves, Repairs, Route, RouteHop, Session, SessionError, shows_life};
 use crate::{
     client::Client,
     swarm::{
@@ -75,12 +75,14 @@ impl Session {
             mailbox: client.inbox().register(id),
             limits,
             wire_dtype: route.wire_dtype,
+            wire_codec: route.wire_codec,
             next_number: 1,
             confirmed: 0,
             sent: std::collections::VecDeque::new(),
             last_answer: Instant::now(),
             history: History::default(),
-            repairs: Repairs::new(route.is_uniform()),
+            repairs: Repairs::new(route.is_uniform() && route.wire_codec.is_lossless()),
+            moves: Moves::new(Instant::now()),
             telling: None,
             broken: None,
         };
@@ -109,6 +111,7 @@ impl Session {
                 fingerprint: identity.fingerprint,
                 blocks: hop.blocks.clone(),
                 wire_dtype: self.wire_dtype,
+                wire_codec: self.wire_codec,
                 limits: self.limits,
                 expires_unix_ms,
             };

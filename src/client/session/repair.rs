@@ -19,11 +19,10 @@ use rand::RngExt;
 use super::{
     HopLink, Input, Route, RouteHop, Session, SessionError,
     plan::{HopState, Plan, plan},
-    wire_tensor,
 };
 use crate::{
     client::{
-        ClientError, choice,
+        ClientError, Work,
         view::{Incomplete, SwarmView},
     },
     swarm::{announcement::Announcement, history::Cursor, proto::session as proto},
@@ -73,7 +72,7 @@ pub(super) struct Repairs {
     /// Peers whose connection was lost once since the last answer.
     shaky: HashSet<PeerId>,
     /// The first hop that had not applied the oldest step without an answer when it was asked: lost, where that doesn't change.
-    suspect: Option<PeerId>,
+    pub(super) suspect: Option<PeerId>,
     /// Replaced, but nothing was answered since.
     pending: Vec<Recovery>,
     done: Vec<Recovery>,
@@ -228,6 +227,17 @@ impl Session {
         self.reconnect().await;
         let old: Vec<RouteHop> = self.route().hops;
         let hops = self.replacements(cause, look).await?;
+        self.take_route(hops, Some(&old)).await?;
+        Ok(())
+    }
+
+    /// Goes over to a route: tells its hops, asks what they have, and has those told that lack something. Of `lost` hops it is
+    /// noted who took their places.
+    pub(super) async fn take_route(
+        &mut self,
+        hops: Vec<RouteHop>,
+        lost: Option<&[RouteHop]>,
+    ) -> Result<(), SessionError> {
         let within = self.client.patience().overdue + self.client.patience().pong;
         let links = hops.iter().map(|hop| HopLink::connect(self.client.swarm().clone(), hop.clone(), within));
         let links = future::try_join_all(links).await?;
@@ -236,7 +246,9 @@ impl Session {
         self.hops = links;
         self.epoch += 1;
         self.unopened = self.hops.iter().map(|hop| hop.peer).collect();
-        self.note(&old);
+        if let Some(old) = lost {
+            self.note(old);
+        }
         let all: Vec<usize> = (0..self.hops.len()).collect();
         self.show_tickets(&all)?;
         let opened = self.wait_until_open(&all, within).await?;
@@ -286,6 +298,7 @@ impl Session {
     async fn replacements(&self, cause: &SessionError, look: bool) -> Result<Vec<RouteHop>, Failed> {
         let client = &self.client;
         let mut view = client.view(look).await.map_err(Failed::LookUp)?;
+        let room = self.limits.max_tokens;
         let (now, tokens) = (Instant::now(), self.history.count() as u64);
         let lost = |peer: PeerId| self.repairs.lost.contains(&peer);
         // Some nodes don't say how much they hold.
@@ -293,7 +306,7 @@ impl Session {
         view.peers.retain(|peer| client.rules().allows(peer.announcement.peer_id) && holds(&peer.announcement));
         let is_good = |peer: PeerId| !lost(peer) && !client.avoids(peer, now);
         let anew = |may_be: &dyn Fn(PeerId) -> bool| {
-            choice::fastest(&view, 0..view.blocks, |peer| may_be(peer.announcement.peer_id))
+            client.chooser(&view, Work::DECODE, room).fastest(0..view.blocks, |peer| may_be(peer.announcement.peer_id))
         };
         let patched = self.patch(&view, &is_good).or_else(|| self.patch(&view, &|peer| !lost(peer)));
         if let Some(found) = patched.or_else(|| anew(&is_good)) {
@@ -330,7 +343,8 @@ impl Session {
                 continue;
             }
             let gap = run[0].blocks.start..run[run.len() - 1].blocks.end;
-            let found = choice::fastest(view, gap, |peer| {
+            let chooser = self.client.chooser(view, Work::DECODE, self.limits.max_tokens);
+            let found = chooser.fastest(gap, |peer| {
                 let peer = peer.announcement.peer_id;
                 !taken.contains(&peer) && may_be(peer)
             })?;
@@ -360,7 +374,7 @@ impl Session {
     /// Notes who took whose place.
     fn note(&mut self, old: &[RouteHop]) {
         let new = self.route();
-        let together = Route { hops: old.iter().chain(&new.hops).cloned().collect(), wire_dtype: self.wire_dtype };
+        let together = Route { hops: old.iter().chain(&new.hops).cloned().collect(), ..new.clone() };
         self.repairs.is_exact &= together.is_uniform();
         for (index, hop) in old.iter().enumerate() {
             let lost = hop.announcement.peer_id;
@@ -405,7 +419,7 @@ impl Session {
         for sent in self.sent.iter().filter(|sent| sent.header.number > number) {
             let hidden = Input::embed(std::slice::from_ref(&sent.input), &self.client, self.wire_dtype)?;
             let header = proto::Step { confirmed: self.confirmed, ..sent.header.clone() };
-            self.send_to(&self.hops[0], proto::frame::Body::Step(header), hidden.bytes)?;
+            self.send_to(&self.hops[0], proto::frame::Body::Step(header), self.pack(hidden))?;
         }
         Ok(())
     }
@@ -430,11 +444,11 @@ impl Session {
             let lane = proto::LaneRun { lane: part.lane, position: part.position as u64, tokens: part.count as u32 };
             let replay = proto::Replay {
                 lanes: vec![lane],
-                tensor: Some(wire_tensor(&hidden)),
+                tensor: Some(self.wire_tensor(&hidden)),
                 rope_length: part.length_class as u64,
                 ..head
             };
-            self.send_to(&self.hops[0], proto::frame::Body::Replay(replay), hidden.bytes)?;
+            self.send_to(&self.hops[0], proto::frame::Body::Replay(replay), self.pack(hidden))?;
         }
         Ok(())
     }

@@ -13,14 +13,14 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 
-use super::{Cache, HopSession, Inner, NotTaken, Reply, Report};
+use super::{Cache, HopSession, Inner, NotTaken, Reply, Report, wire_tensor};
 use crate::{
     engine::{HiddenStates, Job, Keep, StepError, StepOutput},
     node::{border, held::HeldPermit},
     swarm::{
         Frame, Link,
         history::{Cursor, History, Place, Rows},
-        proto::{announcement, session as proto},
+        proto::session as proto,
     },
 };
 
@@ -165,7 +165,7 @@ impl HopSession {
             let mut payload = BytesMut::new();
             let states: Vec<HiddenStates> = part.rows.into_iter().map(|kept| kept.states).collect();
             let Some(first) = states.first() else { return };
-            let tensor = proto::Tensor { rows: part.count as u32, ..wire_tensor(first) };
+            let tensor = proto::Tensor { rows: part.count as u32, ..wire_tensor(first, inner.ticket.wire_codec) };
             states.iter().for_each(|states| payload.extend_from_slice(&states.bytes));
             let replay = proto::Replay {
                 lanes: vec![proto::LaneRun {
@@ -177,7 +177,8 @@ impl HopSession {
                 rope_length: part.length_class as u64,
                 ..head
             };
-            self.send_replay(inner, replay, payload.freeze());
+            let payload = inner.ticket.wire_codec.encode(first.dtype, first.hidden, payload.freeze());
+            self.send_replay(inner, replay, payload);
         }
     }
 
@@ -341,9 +342,11 @@ impl HopSession {
         self.remember(&mut inner, applied, &of_history, &output.hidden);
         if hops_behind > 0 {
             let (hops, rope_length) = (hops_behind, step.rope_length);
-            let (lanes, tensor) = (step.lanes, Some(wire_tensor(&output.hidden)));
+            let codec = inner.ticket.wire_codec;
+            let (lanes, tensor) = (step.lanes, Some(wire_tensor(&output.hidden, codec)));
             let part = proto::Replay { applied, hops, index, last: false, lanes, tensor, rope_length };
-            self.send_replay(&mut inner, part, output.hidden.bytes);
+            let HiddenStates { dtype, hidden, bytes, .. } = output.hidden;
+            self.send_replay(&mut inner, part, codec.encode(dtype, hidden, bytes));
         } else {
             self.tell_replayed(&inner, &upstream, index);
         }
@@ -362,14 +365,6 @@ impl HopSession {
         inner.log.fail_epoch();
         inner.replaying.sending = None;
         self.fault(inner, report);
-    }
-}
-
-fn wire_tensor(states: &HiddenStates) -> proto::Tensor {
-    proto::Tensor {
-        dtype: announcement::Dtype::from(states.dtype).into(),
-        rows: states.rows as u32,
-        hidden: states.hidden as u32,
     }
 }
 

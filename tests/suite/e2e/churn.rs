@@ -17,7 +17,8 @@ use super::{
     sessions::holds_nothing,
 };
 
-/// Enough that every kind of hop is lost at every kind of moment, in a time that a test may take.
+/// Enough that every kind of hop is lost at every kind of moment, in a time that a test may take. HELION_TEST_GENERATIONS asks for
+/// another number: a thousand take minutes.
 const GENERATIONS: usize = 32;
 const AT_A_TIME: usize = 4;
 /// Beside the time that a node takes to start.
@@ -32,6 +33,8 @@ fn start(place: &Place, model: &Path, bootstrap: &Server, index: usize) -> Serve
 
 #[tokio::test(flavor = "multi_thread")]
 async fn generations_survive_nodes_that_come_and_go() {
+    let asked = std::env::var("HELION_TEST_GENERATIONS").ok().map(|number| number.parse().unwrap());
+    let generations: usize = asked.unwrap_or(GENERATIONS);
     let (place, model) = (Arc::new(Place::new()), fixture("llama"));
     let bootstrap = Arc::new(place.bootstrap());
     let nodes: Vec<Server> = (0..2 * SPANS.len()).map(|index| start(&place, &model, &bootstrap, index)).collect();
@@ -58,13 +61,13 @@ async fn generations_survive_nodes_that_come_and_go() {
     let generate = async {
         let mut running = tokio::task::JoinSet::new();
         let mut recoveries = 0;
-        for started in 0..GENERATIONS + AT_A_TIME {
+        for started in 0..generations + AT_A_TIME {
             if started >= AT_A_TIME
                 && let Some(done) = running.join_next().await
             {
                 recoveries += done.unwrap();
             }
-            if started < GENERATIONS {
+            if started < generations {
                 let (client, reference) = (client.clone(), reference.clone());
                 running.spawn(async move {
                     let options = GenerationOptions {
@@ -82,10 +85,12 @@ async fn generations_survive_nodes_that_come_and_go() {
         }
         recoveries
     };
-    let recoveries = tokio::time::timeout(2 * HANG, generate).await.expect("a generation hangs");
+    let recoveries = tokio::time::timeout(2 * HANG * generations.div_ceil(GENERATIONS) as u32, generate)
+        .await
+        .expect("a generation hangs");
     over.store(true, Ordering::Relaxed);
     let (nodes, killed) = churn.await.unwrap();
-    eprintln!("{GENERATIONS} generations, {killed} nodes killed, {recoveries} hops replaced");
+    eprintln!("{generations} generations, {killed} nodes killed, {recoveries} hops replaced");
     for node in &nodes {
         holds_nothing(&client, node).await;
     }

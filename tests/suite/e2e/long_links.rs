@@ -6,29 +6,33 @@ use std::{
 };
 
 use helion::{
-    client::session::{Input, Patience, Session, Step, Want},
+    client::{
+        Work,
+        generation::{GenerationEvent, GenerationOptions},
+        session::{Input, Patience, Session, Step, Want},
+    },
     engine::LaneRun,
     swarm::ticket::SessionLimits,
 };
 
-use super::harness::{HANG, Place, Server, client, fixture};
-use crate::proxy::DelayingProxy;
+use super::harness::{HANG, Place, Server, client, fixture, reference};
+use crate::link::{LongLink, Profile};
 
 const LIMITS: SessionLimits = SessionLimits { max_lanes: 1, max_tokens: 64, max_in_flight: 4, max_step_tokens: 40 };
 
 /// A node that everybody else reaches over a long link.
 struct FarNode {
-    _proxy: DelayingProxy,
-    _node: Server,
+    _proxy: LongLink,
+    node: Server,
 }
 
 impl FarNode {
-    async fn start(place: &Place, model: &Path, peer: &Server, blocks: &str, round_trip: Duration) -> Self {
+    fn start(place: &Place, model: &Path, peer: &Server, blocks: &str, profile: Profile) -> Self {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let proxy = DelayingProxy::start(([127, 0, 0, 1], port).into(), round_trip).await;
+        let proxy = LongLink::start(([127, 0, 0, 1], port).into(), profile);
         let (listen, announce) = (format!("/ip4/127.0.0.1/tcp/{port}"), format!("/ip4/127.0.0.1/tcp/{}", proxy.port()));
         let args = ["--blocks", blocks, "--host-maddrs", &listen, "--announce-maddrs", &announce];
-        Self { _node: place.node(model, peer, &args), _proxy: proxy }
+        Self { node: place.node(model, peer, &args), _proxy: proxy }
     }
 }
 
@@ -55,7 +59,7 @@ async fn a_warm_clients_session_is_opened_by_its_first_step() {
     let bootstrap = place.bootstrap();
     let mut nodes = Vec::new();
     for blocks in ["0:2", "2:4", "4:6"] {
-        nodes.push(FarNode::start(&place, &model, &bootstrap, blocks, ROUND_TRIP).await);
+        nodes.push(FarNode::start(&place, &model, &bootstrap, blocks, Profile::round_trip(ROUND_TRIP)));
     }
     let client = client(&model, &bootstrap, Patience::default()).await;
     let (mut session, _) = client.open_session(LIMITS, HANG).await.unwrap();
@@ -80,7 +84,7 @@ async fn many_sessions_that_start_at_once_over_a_long_link_all_start() {
     const SESSIONS: usize = 256;
     let (place, model) = (Place::new(), fixture("llama"));
     let bootstrap = place.bootstrap();
-    let _node = FarNode::start(&place, &model, &bootstrap, "0:6", Duration::from_millis(40)).await;
+    let _node = FarNode::start(&place, &model, &bootstrap, "0:6", Profile::round_trip(Duration::from_millis(40)));
     let client = client(&model, &bootstrap, Patience::default()).await;
     let begun = Instant::now();
     let mut sessions = tokio::task::JoinSet::new();
@@ -97,4 +101,54 @@ async fn many_sessions_that_start_at_once_over_a_long_link_all_start() {
     assert_eq!(logits.len(), SESSIONS);
     assert!(logits.windows(2).all(|pair| pair[0] == pair[1]), "the same prompt gives the same logits");
     assert!(begun.elapsed() < HANG);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_token_takes_the_short_link_and_a_long_prompt_the_wide_one() {
+    let (place, model) = (Place::new(), fixture("llama"));
+    let bootstrap = place.bootstrap();
+    let ms = Duration::from_millis;
+    let near = Profile { one_way: ms(5), bits_per_second: Some(3e5) };
+    let wide = Profile { one_way: ms(60), bits_per_second: None };
+    let near = FarNode::start(&place, &model, &bootstrap, "0:6", near);
+    let wide = FarNode::start(&place, &model, &bootstrap, "0:6", wide);
+    let client = client(&model, &bootstrap, Patience::default()).await;
+    // Both are known before there is a choice.
+    let mut view = client.observer().look_up().await.unwrap();
+    client.observer().measure(&mut view, false).await;
+    for (work, expected) in [(Work::DECODE, &near), (Work::prompt(400, 16), &wide)] {
+        let (_, route) = client.open_session_for(work, LIMITS, HANG).await.unwrap();
+        assert_eq!(route.hops[0].announcement.peer_id.to_string(), expected.node.peer_id, "{work:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_moves_to_a_much_better_peer_that_joins() {
+    const TOKENS: usize = 120;
+    let (place, model) = (Place::new(), fixture("llama"));
+    let bootstrap = place.bootstrap();
+    let round_trip = Duration::from_millis(250);
+    let far = FarNode::start(&place, &model, &bootstrap, "0:6", Profile::round_trip(round_trip));
+    let client = client(&model, &bootstrap, Patience::default()).await;
+    let prompt = reference(&model).prompt;
+    let options = GenerationOptions { max_tokens: TOKENS, ignore_eos: true, wait: HANG, ..Default::default() };
+    let (mut routes, mut tokens, mut near) = (Vec::new(), 0, None);
+    let begun = Instant::now();
+    let mut watch = |event| match event {
+        GenerationEvent::Route { route } => routes.push(route[0].peer_id.clone()),
+        GenerationEvent::Token { .. } => {
+            tokens += 1;
+            if tokens == 3 {
+                near = Some(place.node(&model, &bootstrap, &["--blocks", "0:6"]));
+            }
+        }
+        GenerationEvent::Recovery { .. } => panic!("nothing was lost"),
+    };
+    let moved = client.generate(&prompt, &options, &mut watch).await.unwrap();
+    let near = near.unwrap();
+    assert_eq!(routes, [far.node.peer_id.clone(), near.peer_id.clone()]);
+    assert_eq!((moved.route[0].peer_id.as_str(), moved.recoveries, moved.exact), (near.peer_id.as_str(), 0, true));
+    assert!(begun.elapsed() < (TOKENS as u32) * round_trip, "{:?}", begun.elapsed());
+    let undisturbed = client.generate(&prompt, &options, &mut |_| {}).await.unwrap();
+    assert_eq!(moved.output_ids, undisturbed.output_ids);
 }

@@ -5,11 +5,11 @@ use std::time::Duration;
 use helion::{
     client::{
         Client, PeerRules,
-        generation::{Generation, GenerationOptions},
+        generation::{Generation, GenerationEvent, GenerationOptions},
         session::Patience,
     },
     swarm::{
-        PeerId,
+        PeerId, WireCodec,
         rpc::{Request, response},
     },
 };
@@ -131,4 +131,38 @@ async fn the_users_rules_hold() {
     assert!(through(gap).await.unwrap_err().to_string().contains("block 0 is needed"));
     let nobody = PeerRules { block: ids.iter().copied().collect(), ..PeerRules::default() };
     assert!(through(nobody).await.unwrap_err().to_string().contains("no peer"));
+}
+
+/// What the README states: how far the logits are off, and that a lost hop changes nothing more.
+#[tokio::test(flavor = "multi_thread")]
+async fn hidden_states_in_eight_bits() {
+    let (place, model) = (Place::new(), fixture("llama"));
+    let (bootstrap, nodes) = place.swarm(&model, &["0:2", "2:4", "4:6", "2:4"], &[]);
+    let exact = client(&model, &bootstrap, Patience::default()).await;
+    let packed = exact.clone().with_wire_codec(WireCodec::Q8);
+    let reference = reference(&model);
+    let logits = exact.score(&reference.prompt, &options(1)).await.unwrap();
+    let off = packed.score(&reference.prompt, &options(1)).await.unwrap();
+    let (error, power) = logits.iter().zip(&off).fold((0.0, 0.0), |(error, power), (was, is)| {
+        (error + f64::from(was - is).powi(2), power + f64::from(*was).powi(2))
+    });
+    let relative = (error / power).sqrt();
+    eprintln!("logits through 3 hops in q8 are off by {relative:.5}");
+    assert!(relative > 0.0 && relative < 0.06, "{relative}");
+
+    let undisturbed = packed.generate(&reference.prompt, &options(24), &mut |_| {}).await.unwrap();
+    assert_eq!((undisturbed.exact, undisturbed.wire_codec.as_deref()), (false, Some("q8")));
+    let (mut tokens, mut middle) = (0, String::new());
+    let mut kill = |event| match event {
+        GenerationEvent::Route { route } => middle.clone_from(&route[1].peer_id),
+        GenerationEvent::Token { .. } => {
+            tokens += 1;
+            if tokens == 7 {
+                nodes.iter().find(|node| node.peer_id == middle).unwrap().running.signal("KILL");
+            }
+        }
+        GenerationEvent::Recovery { .. } => {}
+    };
+    let disturbed = packed.generate(&reference.prompt, &options(24), &mut kill).await.unwrap();
+    assert_eq!((disturbed.output_ids, disturbed.recoveries), (undisturbed.output_ids, 1));
 }

@@ -13,7 +13,7 @@ use helion::{
     engine::{HiddenStates, LaneRun},
     model::Dtype,
     swarm::{
-        Frame, Link, Service, Swarm,
+        Frame, Link, Service, Swarm, WireCodec,
         announcement::Announcement,
         proto::{announcement, rpc, session as proto},
         ticket::{SessionId, SessionLimits, Ticket},
@@ -115,7 +115,7 @@ fn foreign_step(number: u64, position: u64) -> proto::frame::Body {
     proto::frame::Body::Step(proto::Step {
         number,
         lanes: vec![proto::LaneRun { lane: 0, position, tokens: 1 }],
-        tensor: Some(proto::Tensor { dtype: announcement::Dtype::F32.into(), rows: 1, hidden: 64 }),
+        tensor: Some(proto::Tensor { dtype: announcement::Dtype::F32.into(), rows: 1, hidden: 64, codec: 0 }),
         want: proto::Want::Last.into(),
         ..Default::default()
     })
@@ -157,6 +157,7 @@ async fn a_stranger_who_knows_a_sessions_id_can_do_nothing_to_it() {
         fingerprint: client.model().identity().fingerprint,
         blocks: 0..3,
         wire_dtype: Dtype::F32,
+        wire_codec: WireCodec::Raw,
         limits: limits(40),
         expires_unix_ms: u64::MAX / 2,
     };
@@ -198,6 +199,7 @@ async fn a_newer_ticket_takes_the_place_of_an_opening_that_waits() {
         fingerprint: client.model().identity().fingerprint,
         blocks: 0..3,
         wire_dtype: Dtype::F32,
+        wire_codec: WireCodec::Raw,
         limits: limits(40),
         expires_unix_ms: u64::MAX / 2,
     };
@@ -309,6 +311,7 @@ async fn a_step_that_overtakes_its_ticket_is_applied() {
         fingerprint: client.model().identity().fingerprint,
         blocks: 0..6,
         wire_dtype: Dtype::F32,
+        wire_codec: WireCodec::Raw,
         limits: limits(40),
         expires_unix_ms: u64::MAX / 2,
     };

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use helion::swarm::{Frame, LinkError, Multiaddr, SendError, proto::session, rpc};
 
 use super::{PATIENCE, Peer, eventually, number_of, numbered};
-use crate::proxy::DelayingProxy;
+use crate::link::{LongLink, Profile};
 
 async fn echo_over(listen: &str) {
     let a = Peer::start(|config| config.listen = vec![listen.parse().unwrap()]).await;
@@ -44,7 +44,7 @@ async fn sessions_that_start_at_once_over_a_long_link_all_start() {
     const SESSIONS: u64 = 256;
     let node = Peer::start(|_| ()).await;
     let target = std::net::SocketAddr::from(([127, 0, 0, 1], port(&node.addresses()[0])));
-    let proxy = DelayingProxy::start(target, Duration::from_millis(40)).await;
+    let proxy = LongLink::start(target, Profile::round_trip(Duration::from_millis(40)));
     let through: Multiaddr = format!("/ip4/127.0.0.1/tcp/{}", proxy.port()).parse().unwrap();
     let client = Arc::new(Peer::start(|config| config.listen.clear()).await);
     let starts = (0..SESSIONS).map(|session| {
@@ -79,7 +79,7 @@ async fn a_slow_reader_fills_the_outbox_and_nothing_blocks() {
     let node = Peer::start(|_| ()).await;
     let target = std::net::SocketAddr::from(([127, 0, 0, 1], port(&node.addresses()[0])));
     // A round trip so long that nothing is acknowledged while the test runs.
-    let proxy = DelayingProxy::start(target, Duration::from_millis(600)).await;
+    let proxy = LongLink::start(target, Profile::round_trip(Duration::from_millis(600)));
     let through: Multiaddr = format!("/ip4/127.0.0.1/tcp/{}", proxy.port()).parse().unwrap();
     let client = Peer::start(|config| {
         config.listen.clear();
@@ -116,7 +116,7 @@ async fn a_large_frame_on_a_slow_way_is_heard_and_moves_before_it_is_there() {
     const LARGE: usize = 8 << 20;
     let node = Peer::start(|_| ()).await;
     let target = std::net::SocketAddr::from(([127, 0, 0, 1], port(&node.addresses()[0])));
-    let proxy = DelayingProxy::start(target, Duration::from_millis(50)).await;
+    let proxy = LongLink::start(target, Profile::round_trip(Duration::from_millis(50)));
     let through: Multiaddr = format!("/ip4/127.0.0.1/tcp/{}", proxy.port()).parse().unwrap();
     let client = Peer::start(|config| config.listen.clear()).await;
     let link = client.swarm.link(node.id(), &[through]).await.unwrap();
@@ -196,7 +196,7 @@ async fn each_peer_opens_its_own_stream_over_one_connection() {
 async fn a_cut_connection_closes_the_links_on_both_sides() {
     let node = Peer::start(|_| ()).await;
     let target = std::net::SocketAddr::from(([127, 0, 0, 1], port(&node.addresses()[0])));
-    let proxy = DelayingProxy::start(target, Duration::ZERO).await;
+    let proxy = LongLink::start(target, Profile::round_trip(Duration::ZERO));
     let through: Multiaddr = format!("/ip4/127.0.0.1/tcp/{}", proxy.port()).parse().unwrap();
     let client = Peer::start(|config| config.listen.clear()).await;
     let link = client.swarm.link(node.id(), &[through]).await.unwrap();

@@ -102,10 +102,11 @@ fn session_open_and_ticket() {
         max_in_flight: 12,
         max_step_tokens: 13,
         expires_unix_ms: 14,
+        wire_codec: wire::WireCodec::Q8 as i32,
     };
     pinned(
         &ticket,
-        "0a100101010101010101010101010101010110021a01032201042a01053201063a03612f6242200707070707070707070707070707070707070707070707070707070707070707480850095803600a680b700c780d80010e",
+        "0a100101010101010101010101010101010110021a01032201042a01053201063a03612f6242200707070707070707070707070707070707070707070707070707070707070707480850095803600a680b700c780d80010e880101",
     );
     let open = session::Open {
         ticket: vec![1].into(),
@@ -124,7 +125,7 @@ fn session_open_and_ticket() {
 #[test]
 fn session_steps() {
     use session::frame::Body;
-    let tensor = Some(session::Tensor { dtype: wire::Dtype::Bf16 as i32, rows: 4, hidden: 2048 });
+    let tensor = Some(session::Tensor { dtype: wire::Dtype::Bf16 as i32, rows: 4, hidden: 2048, codec: 0 });
     let times = vec![session::HopTime { queue_us: 1, compute_us: 2 }];
     let step = session::Step {
         number: 300,

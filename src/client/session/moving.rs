@@ -1,0 +1,138 @@
+//! Moving a running session to a much better route: a peer that joined, a link that recovered.
+//!
+//! Between two steps, and now and then only, the session compares what a token takes on its route with the best route there is, both
+//! by what is known: nobody is asked for it. It moves where that is worth it, looked at twice, and pays for what the new hops have to be
+//! told; what the old ones know is told by those in front of them, as after a loss. A move never makes a session inexact.
+
+use std::time::{Duration, Instant};
+
+use super::{Route, RouteHop, Session};
+use crate::client::Work;
+
+/// How often it is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// A route is much better if a token takes so much less of the time: what is known is off by some tens of per cent.
+const MUCH_BETTER: f64 = 0.7;
+/// What is won in the rest of the generation has to be so many times what moving costs.
+const WORTH: f64 = 2.0;
+/// Routes that have to be found better one after the other.
+const LOOKS: u32 = 2;
+
+/// What a session knows of better routes.
+#[derive(Debug)]
+pub(super) struct Moves {
+    next_look: Instant,
+    /// Looks in a row at which another route was much better.
+    better: u32,
+}
+
+impl Moves {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { next_look: now + LOOK_EVERY, better: 0 }
+    }
+
+    /// Whether another route's time for a token is worth a move: hysteresis.
+    fn is_worth(&mut self, offer: &Offer, tokens_left: usize) -> bool {
+        let won = (offer.now_seconds - offer.then_seconds) * tokens_left as f64;
+        let is_better = offer.then_seconds < MUCH_BETTER * offer.now_seconds && won > WORTH * offer.moving_seconds;
+        self.better = if is_better { self.better + 1 } else { 0 };
+        self.better >= LOOKS
+    }
+}
+
+/// Another route, in numbers: seconds a token here and there, and what the move takes.
+#[derive(Debug, Clone, Copy)]
+struct Offer {
+    now_seconds: f64,
+    then_seconds: f64,
+    moving_seconds: f64,
+}
+
+impl Session {
+    /// Goes over to a much better route, where there is one by now, no step is under way, and the user has not named the hops. Whether
+    /// it did. Where the new route fails, the session repairs itself as the next answer is awaited.
+    pub async fn move_if_better(&mut self, tokens_left: usize) -> bool {
+        let now = Instant::now();
+        let is_busy = !self.sent.is_empty() || self.telling.is_some() || self.broken.is_some();
+        if is_busy || now < self.moves.next_look || !self.client.rules().route.is_empty() {
+            return false;
+        }
+        self.moves.next_look = now + LOOK_EVERY;
+        let Some((hops, offer)) = self.best_route(now) else { return false };
+        if !self.moves.is_worth(&offer, tokens_left) {
+            return false;
+        }
+        self.moves.better = 0;
+        tracing::info!(
+            session = %self.id,
+            "moving to a better route: {:.1} ms a token instead of {:.1}",
+            offer.then_seconds * 1e3,
+            offer.now_seconds * 1e3
+        );
+        if let Err(error) = self.take_route(hops, None).await {
+            self.broken = Some(error);
+        }
+        // Nothing was under way that one of them could be behind with.
+        self.repairs.suspect = None;
+        true
+    }
+
+    /// The best route by what is known, where it is another one and computes alike.
+    fn best_route(&self, now: Instant) -> Option<(Vec<RouteHop>, Offer)> {
+        let client = &self.client;
+        let view = client.observer().recent()?;
+        let chooser = client.chooser(&view, Work::DECODE, self.limits.max_tokens);
+        let here: Vec<RouteHop> = self.route().hops;
+        let is_here = |hop: &RouteHop| {
+            here.iter().any(|old| (old.announcement.peer_id, &old.blocks) == (hop.announcement.peer_id, &hop.blocks))
+        };
+        let hops = chooser.fastest(0..view.blocks, |peer| {
+            let peer = peer.announcement.peer_id;
+            client.rules().allows(peer) && !client.avoids(peer, now)
+        })?;
+        if hops.iter().all(is_here) {
+            return None;
+        }
+        let together = Route { hops: here.iter().chain(&hops).cloned().collect(), ..self.route() };
+        if self.is_exact() && !together.is_uniform() {
+            return None;
+        }
+        let rows = self.history.count();
+        let (now_seconds, _) = chooser.token_and_replay_seconds(&here, rows, |_| false);
+        let (then_seconds, moving_seconds) = chooser.token_and_replay_seconds(&hops, rows, |hop| !is_here(hop));
+        // A hop of this route that is not known any more is for the repairs, once it is gone.
+        now_seconds.is_finite().then_some((hops, Offer { now_seconds, then_seconds, moving_seconds }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn offer(now_ms: f64, then_ms: f64, moving_ms: f64) -> Offer {
+        let seconds = |ms: f64| ms / 1e3;
+        Offer { now_seconds: seconds(now_ms), then_seconds: seconds(then_ms), moving_seconds: seconds(moving_ms) }
+    }
+
+    #[test]
+    fn only_a_much_better_route_that_stays_so_is_worth_a_move() {
+        let mut moves = Moves::new(Instant::now());
+        for _ in 0..5 {
+            assert!(!moves.is_worth(&offer(100.0, 75.0, 1.0), 1000), "a little better");
+            assert!(!moves.is_worth(&offer(100.0, 10.0, 500.0), 10), "not worth it for ten tokens");
+        }
+        assert!(!moves.is_worth(&offer(100.0, 10.0, 500.0), 1000), "once is no proof");
+        assert!(!moves.is_worth(&offer(100.0, 95.0, 500.0), 1000));
+        assert!(!moves.is_worth(&offer(100.0, 10.0, 500.0), 1000));
+        assert!(moves.is_worth(&offer(100.0, 10.0, 500.0), 1000));
+    }
+
+    #[test]
+    fn routes_that_take_turns_at_being_a_little_better_move_nothing() {
+        let mut moves = Moves::new(Instant::now());
+        for look in 0..100 {
+            let then = if look % 2 == 0 { 60.0 } else { 90.0 };
+            assert!(!moves.is_worth(&offer(100.0, then, 1.0), 1000));
+        }
+    }
+}
