@@ -55,8 +55,8 @@ pub(super) fn products_on(path: Path, operands: &[Operands<'_>], y: &mut Vec<f32
     let count = parts.last().map_or(0, |part| part.tiles.end);
     let each = rows * TILE;
 
-    // The tiles of a lone row are the row itself, if none but the last is cut.
-    let is_row = rows == 1 && operands.iter().rev().skip(1).all(|each| each.w.outputs().is_multiple_of(TILE));
+    // The tiles of a lone row are the row itself, if none is cut.
+    let is_row = rows == 1 && operands.iter().all(|each| each.w.outputs().is_multiple_of(TILE));
     let to = if is_row { &mut *y } else { &mut *in_tiles };
     to.resize(count * each, 0.0);
     let work: usize = operands.iter().map(|each| each.x.len() * each.w.outputs()).sum();
@@ -79,7 +79,6 @@ pub(super) fn products_on(path: Path, operands: &[Operands<'_>], y: &mut Vec<f32
         to.par_chunks_mut(tiles * each).enumerate().for_each(|(index, to)| run(index * tiles, to));
     }
     if is_row {
-        y.truncate(outputs);
         return;
     }
 

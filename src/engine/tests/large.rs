@@ -210,7 +210,13 @@ fn watch(engine: &Engine, watched: bool) {
 /// One test, because what is counted is counted for the process.
 #[test]
 fn a_decode_step_allocates_nothing_large_but_its_answer() {
-    for (family, dtype, threads, steps) in [("llama", Dtype::F32, 1, 100), ("mixtral", Dtype::F32, 1, 20)] {
+    let cases = [
+        ("llama", Dtype::F32, 1, 100),
+        ("llama", Dtype::Bf16, 1, 50),
+        ("llama", Dtype::Bf16, 2, 50),
+        ("mixtral", Dtype::F32, 1, 20),
+    ];
+    for (family, dtype, threads, steps) in cases {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(&checkpoint(family, dir.path()), dtype, threads);
         let lanes = |position: usize, tokens: usize| [0, 1, 2].map(|lane| run(lane, position, tokens));
