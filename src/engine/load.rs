@@ -93,6 +93,11 @@ impl<'a> Source<'a> {
         Self { checkpoint, dtype, quant, loaded_bytes: 0, packed: BTreeMap::new(), narrow: BTreeMap::new() }
     }
 
+    /// Bytes of memory that what was loaded takes.
+    pub(super) fn loaded_bytes(&self) -> u64 {
+        self.loaded_bytes
+    }
+
     /// Ends the loading. Says in the log where a matrix is kept in another format than was asked for.
     pub(super) fn finish(self) -> Loaded {
         for (format, count) in &self.narrow {

@@ -14,6 +14,7 @@ use super::{
     planes::KvPlanes,
     rope::{Angles, Rope},
     scratch::Scratch,
+    threads,
 };
 use crate::model::{
     Dtype, KvDtype,
@@ -32,7 +33,12 @@ pub(super) struct Span {
     /// The rows of some of its segments, where not all go through the same blocks.
     apart: Vec<f32>,
     scratch: Scratch,
+    /// Large enough for several threads to share even one token's products.
+    is_large: bool,
 }
+
+/// Bytes of weights from which that is so: a part of a millisecond on the memory bus.
+const LARGE_BYTES: u64 = 16 << 20;
 
 struct LoadedBlock {
     block: Block,
@@ -125,6 +131,7 @@ impl Span {
             states: Vec::new(),
             apart: Vec::new(),
             scratch: Scratch::default(),
+            is_large: source.loaded_bytes() >= LARGE_BYTES,
         })
     }
 
@@ -137,10 +144,8 @@ impl Span {
             }
         }
     }
-}
 
-impl Pass for Span {
-    fn run(&mut self, segments: &[Segment<'_>]) -> Result<Vec<Outcome>, TensorError> {
+    fn run_all(&mut self, segments: &[Segment<'_>]) -> Vec<Outcome> {
         self.copy_pages(segments);
         let hidden = self.hidden;
         let mut places = Vec::with_capacity(segments.len());
@@ -195,7 +200,13 @@ impl Pass for Span {
                 }
             }
         }
-        Ok(places.into_iter().zip(flaws).map(|(place, flaw)| flaw.map_or(Ok(place), Err)).collect())
+        places.into_iter().zip(flaws).map(|(place, flaw)| flaw.map_or(Ok(place), Err)).collect()
+    }
+}
+
+impl Pass for Span {
+    fn run(&mut self, segments: &[Segment<'_>]) -> Result<Vec<Outcome>, TensorError> {
+        Ok(if self.is_large { threads::awake(|| self.run_all(segments)) } else { self.run_all(segments) })
     }
 
     fn states(&self, place: Range<usize>) -> &[f32] {
