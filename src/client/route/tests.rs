@@ -46,7 +46,8 @@ fn a_gap_in_a_route_may_be_filled_by_parts_of_spans() {
 #[test]
 fn many_frames_are_shared_evenly_among_equals_and_one_frame_is_not() {
     let candidates = [candidate(0..8, 0.01, 0.01), candidate(0..8, 0.01, 0.01)];
-    assert_eq!(spans(0..8, &candidates, 1).unwrap(), [0..8]);
+    let whole = spans(0..8, &candidates, 1).unwrap();
+    assert!(matches!(&whole[..], [span] if *span == (0..8)), "{whole:?}");
     assert_eq!(spans(0..8, &candidates, 50).unwrap(), [0..4, 4..8]);
 }
 

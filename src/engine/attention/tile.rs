@@ -16,6 +16,8 @@
 //!
 //! Several queries, pages or columns side by side are independent chains, as many as hide the latency of an addition.
 
+#![allow(clippy::needless_range_loop, reason = "the loops count registers, which several arrays have a part of")]
+
 use std::{iter, mem, ops::Range};
 
 use pulp::{Simd, WithSimd};

@@ -4,6 +4,8 @@
 //! weights and of the row. What integers are offset by (8 in q4_0, 32 in q6_k, 12 in mxfp4 after its table) is taken from
 //! the sum with what the row's codes add up to; the minimum of q4_k is a link of its own.
 
+#![allow(clippy::needless_range_loop, reason = "the loops count registers, which several arrays have a part of")]
+
 use std::hint::black_box;
 
 use super::{

@@ -3,6 +3,8 @@
 //! A tile of weights is `[inputs, 16]` in f32, and in the formats of 16 bits `[inputs / 2, 16, 2]`, since a register of pairs is widened to two
 //! registers by a shift and a mask.
 
+#![allow(clippy::needless_range_loop, reason = "the loops count registers, which several arrays have a part of")]
+
 use pulp::{bytemuck, cast};
 
 use super::{
