@@ -21,7 +21,10 @@
 //!
 //! The bodies are written once, over [`Isa`]: some twenty operations on 16 lanes, which are two registers of AVX2, one of
 //! AVX-512, or an array that the compiler makes the best of ([`Portable`]; on NEON that is vector code). They hold next to no `unsafe`: pulp's
-//! tokens prove that the instructions are there. `HELION_KERNELS=portable|avx2|avx512` chooses a path other than the best
+//! tokens prove that the instructions are there. Not used are AVX-512's and NEON's dot products of bf16, which round rows and
+//! would make results depend on the machine, and those of bytes (VNNI), which would change no bit and come when there is a
+//! machine to test them on. The tests run every path that the machine has; portable code has given the same bits on an emulated NEON.
+//! `HELION_KERNELS=portable|avx2|avx512` chooses a path other than the best
 //! one, to compare them.
 
 #[cfg(target_arch = "x86_64")]

@@ -11,6 +11,8 @@ use crate::client::Work;
 
 /// How often it is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How long a session stays on a new route, however it came there: what is known of it is only beginning to be.
+const REST: Duration = Duration::from_secs(30);
 /// A route is much better if a token takes so much less of the time: what is known is off by some tens of per cent.
 const MUCH_BETTER: f64 = 0.7;
 /// What is won in the rest of the generation has to be so many times what moving costs.
@@ -29,6 +31,11 @@ pub(super) struct Moves {
 impl Moves {
     pub(super) fn new(now: Instant) -> Self {
         Self { next_look: now + LOOK_EVERY, better: 0 }
+    }
+
+    /// The route has changed.
+    pub(super) fn rest(&mut self, now: Instant) {
+        (self.next_look, self.better) = (now + REST, 0);
     }
 
     /// Whether another route's time for a token is worth a move: hysteresis.
@@ -62,7 +69,6 @@ impl Session {
         if !self.moves.is_worth(&offer, tokens_left) {
             return false;
         }
-        self.moves.better = 0;
         tracing::info!(
             session = %self.id,
             "moving to a better route: {:.1} ms a token instead of {:.1}",

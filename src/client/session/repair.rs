@@ -245,6 +245,7 @@ impl Session {
         self.close_what_is_left(&hops);
         self.hops = links;
         self.epoch += 1;
+        self.moves.rest(Instant::now());
         self.unopened = self.hops.iter().map(|hop| hop.peer).collect();
         if let Some(old) = lost {
             self.note(old);
