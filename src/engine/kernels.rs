@@ -282,4 +282,4 @@ impl WideProduct<'_> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

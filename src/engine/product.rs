@@ -168,15 +168,7 @@ impl Part<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn values(count: usize, seed: u32) -> Vec<f32> {
-        let mut state = seed;
-        let mut next = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 8) as f32 / (1 << 24) as f32 - 0.5
-        };
-        (0..count).map(|_| next()).collect()
-    }
+    use crate::engine::kernels::tests::random;
 
     fn product(x: &[f32], w: &[f32], inputs: usize) -> Vec<f32> {
         Matrix::from_f32(w.to_vec(), inputs).product(x)
@@ -185,7 +177,7 @@ mod tests {
     #[test]
     fn it_is_a_matrix_product() {
         for (rows, outputs, inputs) in [(1, 1, 1), (1, 9, 7), (2, 17, 64), (3, 5, 100), (9, 130, 33), (5, 64, 4096)] {
-            let (x, w) = (values(rows * inputs, 1), values(outputs * inputs, 2));
+            let (x, w) = (random(rows * inputs, 1), random(outputs * inputs, 2));
             let y = product(&x, &w, inputs);
             for r in 0..rows {
                 for o in 0..outputs {
@@ -201,7 +193,7 @@ mod tests {
     #[test]
     fn a_sum_is_one_chain_over_the_inputs_on_every_path() {
         for (rows, outputs, inputs) in [(1, 1, 1), (1, 70, 31), (4, 17, 64), (7, 33, 40), (13, 16, 129)] {
-            let (x, w) = (values(rows * inputs, 1), values(outputs * inputs, 2));
+            let (x, w) = (random(rows * inputs, 1), random(outputs * inputs, 2));
             let mut expected = Vec::new();
             for x in x.chunks(inputs) {
                 let chain = |w: &[f32]| x.iter().zip(w).fold(0.0, |sum: f32, (x, w)| x.mul_add(*w, sum));
@@ -223,8 +215,8 @@ mod tests {
     fn a_row_is_the_same_in_every_batch_and_beside_every_matrix() {
         // Large enough that several threads share the work.
         let (rows, outputs, inputs) = (11, 515, 419);
-        let x = values(rows * inputs, 3);
-        let w = values(outputs * inputs, 4);
+        let x = random(rows * inputs, 3);
+        let w = random(outputs * inputs, 4);
         let all = product(&x, &w, inputs);
         for first in 0..rows {
             for count in 1..=rows - first {

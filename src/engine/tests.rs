@@ -32,6 +32,23 @@ fn load(options: EngineOptions) -> Engine {
     Engine::load(&Checkpoint::open(&fixture("qwen3")).unwrap(), options, &mut |_, _| {}).unwrap()
 }
 
+/// The qwen3 fixture, copied to `dir`, whose block 1 makes numbers that are not finite.
+pub(super) fn with_an_infinity(dir: &Path) -> Checkpoint {
+    for file in ["config.json", "model.safetensors"] {
+        fs::write(dir.join(file), fs::read(fixture("qwen3").join(file)).unwrap()).unwrap();
+    }
+    let path = dir.join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let at = {
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let tensor = tensors.tensor("model.layers.1.mlp.down_proj.weight").unwrap();
+        tensor.data().as_ptr() as usize - bytes.as_ptr() as usize
+    };
+    bytes[at..at + 2].copy_from_slice(&half::bf16::INFINITY.to_le_bytes());
+    fs::write(&path, bytes).unwrap();
+    Checkpoint::open(dir).unwrap()
+}
+
 fn rows(count: usize) -> HiddenStates {
     let values: Vec<f32> = (0..count * 64).map(|i| ((i * 37 % 101) as f32 - 50.0) / 30.0).collect();
     HiddenStates::from_f32(Dtype::F32, 64, &values)
@@ -344,19 +361,7 @@ fn a_panic_fails_its_pass_and_nothing_else() {
 #[test]
 fn the_block_that_makes_a_nan_is_named() {
     let dir = tempfile::tempdir().unwrap();
-    for file in ["config.json", "model.safetensors"] {
-        fs::write(dir.path().join(file), fs::read(fixture("qwen3").join(file)).unwrap()).unwrap();
-    }
-    let path = dir.path().join("model.safetensors");
-    let mut bytes = fs::read(&path).unwrap();
-    let at = {
-        let tensors = SafeTensors::deserialize(&bytes).unwrap();
-        let tensor = tensors.tensor("model.layers.1.mlp.down_proj.weight").unwrap();
-        tensor.data().as_ptr() as usize - bytes.as_ptr() as usize
-    };
-    bytes[at..at + 2].copy_from_slice(&half::bf16::INFINITY.to_le_bytes());
-    fs::write(&path, bytes).unwrap();
-    let engine = Engine::load(&Checkpoint::open(dir.path()).unwrap(), options(0..3), &mut |_, _| {}).unwrap();
+    let engine = Engine::load(&with_an_infinity(dir.path()), options(0..3), &mut |_, _| {}).unwrap();
 
     let sound = submit(&engine, engine.cache(0..1).unwrap(), &[run(0, 0, 3)]);
     let (cache, result) = step(&engine, engine.cache(0..3).unwrap(), &[run(0, 0, 3)]);

@@ -126,7 +126,7 @@ proptest! {
 }
 
 /// A thousand peers of all speeds and distances, on 128 blocks.
-pub(super) fn large_swarm() -> Vec<Candidate> {
+fn large_swarm() -> Vec<Candidate> {
     let mut state = 7u32;
     let mut next = |below: usize| {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);

@@ -16,7 +16,7 @@ use super::plan::{Plan, Run, Shape};
 use crate::{
     engine::{
         Cache, DeviceChoice, Edges, EdgesOptions, Engine, EngineOptions, HiddenStates, Job, Keep, LaneRun, Place,
-        StepError, Target,
+        StepError, Target, tests::with_an_infinity,
     },
     model::{Dtype, Quant, checkpoint::Checkpoint},
 };
@@ -310,19 +310,7 @@ fn sessions_with_other_blocks_and_formats_share_passes() {
 #[test]
 fn what_is_not_finite_is_named_and_leaves_nothing_behind() {
     let dir = tempfile::tempdir().unwrap();
-    for file in ["config.json", "model.safetensors"] {
-        fs::copy(fixtures().join("qwen3").join(file), dir.path().join(file)).unwrap();
-    }
-    let path = dir.path().join("model.safetensors");
-    let mut bytes = fs::read(&path).unwrap();
-    let at = {
-        let tensors = SafeTensors::deserialize(&bytes).unwrap();
-        let tensor = tensors.tensor("model.layers.1.mlp.down_proj.weight").unwrap();
-        tensor.data().as_ptr() as usize - bytes.as_ptr() as usize
-    };
-    bytes[at..at + 2].copy_from_slice(&half::bf16::INFINITY.to_le_bytes());
-    fs::write(&path, bytes).unwrap();
-    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let checkpoint = with_an_infinity(dir.path());
     let few = EngineOptions { cache_tokens: 64, ..options(&checkpoint, Dtype::F32, Quant::Auto) };
     let (engine, edges) = (on_device(&checkpoint, few), edges(&checkpoint));
     let ids: Vec<u32> = (3..43).collect();

@@ -80,11 +80,9 @@ impl Isa for Avx2 {
     type B = [__m256i; 2];
     type S = [__m256i; 2];
 
-    #[allow(unsafe_code)]
     #[inline(always)]
     fn fetch(self, bytes: &[u8; 4 * TILE]) {
-        // SAFETY: a hint reads nothing, and every x86-64 processor takes it.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(bytes.as_ptr().cast()) }
+        fetch(bytes);
     }
 
     #[inline(always)]
@@ -269,6 +267,14 @@ impl Isa for Avx2 {
 fn eights(bytes: &[u8; TILE]) -> (__m128i, __m128i) {
     let whole = u128::from_le_bytes(*bytes);
     (cast(whole as u64 as u128), cast(whole >> 64))
+}
+
+/// Fetches a line of memory towards the level-2 cache.
+#[allow(unsafe_code)]
+#[inline(always)]
+pub(super) fn fetch(bytes: &[u8; 4 * TILE]) {
+    // SAFETY: a hint reads nothing, and every x86-64 processor takes it.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(bytes.as_ptr().cast()) }
 }
 
 /// Rows and columns of eight vectors: pairs, then fours, then halves change places.

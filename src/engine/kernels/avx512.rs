@@ -1,10 +1,14 @@
 //! The kernels' operations on AVX-512 (F and BW): 16 lanes are one register.
 
-use std::arch::x86_64::{__m512, __m512i, _MM_HINT_T1, _mm_prefetch};
+use std::arch::x86_64::{__m512, __m512i};
 
 use pulp::{cast, x86::V4};
 
-use super::{Isa, avx2::transpose, tiles::TILE};
+use super::{
+    Isa,
+    avx2::{fetch, transpose},
+    tiles::TILE,
+};
 
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Avx512(pub(super) V4);
@@ -28,11 +32,9 @@ impl Isa for Avx512 {
     type B = __m512i;
     type S = __m512i;
 
-    #[allow(unsafe_code)]
     #[inline(always)]
     fn fetch(self, bytes: &[u8; 4 * TILE]) {
-        // SAFETY: a hint reads nothing, and every x86-64 processor takes it.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(bytes.as_ptr().cast()) }
+        fetch(bytes);
     }
 
     #[inline(always)]

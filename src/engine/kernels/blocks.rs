@@ -60,6 +60,7 @@ impl Product<'_> {
         let (tiles, rows) = (tiles.as_chunks().0, &rows.blocks);
         let mut tiles = Tiles::<N> { tiles, ahead: &[], inputs, blocks: inputs / B::INPUTS, rows, y };
         let count = tiles.tiles.len() / tiles.blocks;
+        let tile_bytes = tiles.blocks * N;
         let groups = rows.groups;
         let row_bytes = inputs * groups.rows().div_ceil(groups.count().max(1));
         let panel = (PANEL_BYTES / row_bytes).max(1);
@@ -67,11 +68,8 @@ impl Product<'_> {
             let last = groups.count().min(first + panel);
             for tile in 0..count {
                 for group in first..last {
-                    // With one group, memory is read in order, and the processor guesses what comes.
-                    let share = (last - first > 1).then(|| (group - first, last - first));
-                    let size = tiles.blocks * N;
                     let all = tiles.tiles.as_flattened();
-                    tiles.ahead = share.map_or(&[], |share| ahead(all, tile * size..(tile + 1) * size, share));
+                    tiles.ahead = ahead(all, tile * tile_bytes..(tile + 1) * tile_bytes, (group - first, last - first));
                     let rows = groups.get(group);
                     match (A::IS_WIDE, rows.len()) {
                         (_, 1) => tiles.tile::<A, B, 1>(isa, tile, rows.start),
@@ -141,6 +139,24 @@ fn groups(bytes: &[u8], at: usize, count: usize) -> &[[u8; 64]] {
     &bytes[at..at + 64 * count].as_chunks().0[..count]
 }
 
+/// The sums of rows' codes with eights, whose codes are the weights.
+#[inline(always)]
+fn dots_of_eights<A: Isa, const R: usize>(isa: A, eights: &[[u8; 64]], codes: &[[[i8; 4]; R]]) -> [A::S; R] {
+    let mut dots = [isa.no_sum(); R];
+    for (both, [first, second]) in each::<R, _>(eights).iter().zip(codes.as_chunks().0) {
+        let both = isa.bytes(both);
+        let weights = isa.low(both);
+        for r in 0..R {
+            dots[r] = isa.dot(dots[r], weights, first[r]);
+        }
+        let weights = isa.high(both);
+        for r in 0..R {
+            dots[r] = isa.dot(dots[r], weights, second[r]);
+        }
+    }
+    dots
+}
+
 /// The `N` bytes from `at` on.
 #[inline(always)]
 fn part<const N: usize>(bytes: &[u8], at: usize) -> &[u8; N] {
@@ -177,18 +193,7 @@ impl Block<288> for Q4_0 {
     #[inline(always)]
     fn add<A: Isa, const R: usize>(isa: A, block: &[u8; 288], row: &At<'_, R>, y: &mut [A::F; R]) {
         // 8 sums of at most 15.
-        let mut dots = [isa.no_sum(); R];
-        for (both, [first, second]) in each::<R, _>(groups(block, 32, 4)).iter().zip(row.codes.as_chunks().0) {
-            let both = isa.bytes(both);
-            let weights = isa.low(both);
-            for r in 0..R {
-                dots[r] = isa.dot(dots[r], weights, first[r]);
-            }
-            let weights = isa.high(both);
-            for r in 0..R {
-                dots[r] = isa.dot(dots[r], weights, second[r]);
-            }
-        }
+        let dots = dots_of_eights(isa, groups(block, 32, 4), row.codes);
         let scales = isa.scales(part(block, 0));
         for r in 0..R {
             let offset = isa.splat_i(-8 * (row.sums[0][r] + row.sums[1][r]));
@@ -246,20 +251,8 @@ impl Block<Q4_K_BYTES> for Q4K {
         let (scales, minima) = q4_k_scales(part(block, 64));
         for sub in 0..8 {
             // 8 sums of at most 15.
-            let mut dots = [isa.no_sum(); R];
             let eights = groups(block, 64 + Q4_K_SCALES + 256 * sub, 4);
-            let codes = row.codes[8 * sub..].as_chunks().0;
-            for (both, [first, second]) in each::<R, _>(eights).iter().zip(codes) {
-                let both = isa.bytes(both);
-                let weights = isa.low(both);
-                for r in 0..R {
-                    dots[r] = isa.dot(dots[r], weights, first[r]);
-                }
-                let weights = isa.high(both);
-                for r in 0..R {
-                    dots[r] = isa.dot(dots[r], weights, second[r]);
-                }
-            }
+            let dots = dots_of_eights(isa, eights, &row.codes[8 * sub..]);
             let scales = isa.mul(scale_of_scales, isa.unsigned(&scales[sub]));
             let minima = isa.mul(scale_of_minima, isa.unsigned(&minima[sub]));
             for r in 0..R {

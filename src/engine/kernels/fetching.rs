@@ -11,9 +11,13 @@ use super::Isa;
 /// What is fetched at a time.
 const LINE: usize = 64;
 
-/// The share of a group, the first of `share` out of the second, in what comes behind `tiles` and is as long.
+/// The share of a group, of so many groups, in what comes behind `tiles` and is as long. A lone group has none: memory is read in
+/// order then, and the processor guesses what comes.
 #[inline(always)]
 pub(super) fn ahead(all: &[u8], tiles: Range<usize>, (group, groups): (usize, usize)) -> &[u8] {
+    if groups == 1 {
+        return &[];
+    }
     let lines = all[tiles.end..].len().min(tiles.len()).div_ceil(LINE);
     let start = tiles.end + lines * group / groups * LINE;
     let end = all.len().min(tiles.end + lines * (group + 1) / groups * LINE);

@@ -18,6 +18,8 @@ use super::{
 const PANEL_BYTES: usize = 256 << 10;
 /// Bytes of tiles that stay near while the groups of a panel pass by: of what the rows leave.
 const TILES_BYTES: usize = 128 << 10;
+/// Bytes of a tile's weights that one step takes.
+const STEP_BYTES: usize = 4 * TILE;
 
 pub(super) struct Product<'a>(pub(super) TileProduct<'a>);
 pub(super) struct Wide<'a>(pub(super) WideProduct<'a>);
@@ -30,9 +32,9 @@ impl Kernel for Product<'_> {
         let TileProduct { layout, tiles, inputs, rows, y } = self.0;
         let rows = &rows.floats;
         match layout {
-            Layout::F32 => Tiles { tiles, ahead: &[], inputs, rows, y }.run::<A, F32, 64, 1>(isa),
-            Layout::Bf16 => Tiles { tiles, ahead: &[], inputs, rows, y }.run::<A, Bf16, 64, 2>(isa),
-            Layout::F16 => Tiles { tiles, ahead: &[], inputs, rows, y }.run::<A, F16, 64, 2>(isa),
+            Layout::F32 => Tiles { tiles, ahead: &[], inputs, rows, y }.run::<A, F32, 1>(isa),
+            Layout::Bf16 => Tiles { tiles, ahead: &[], inputs, rows, y }.run::<A, Bf16, 2>(isa),
+            Layout::F16 => Tiles { tiles, ahead: &[], inputs, rows, y }.run::<A, F16, 2>(isa),
             _ => unreachable!("{layout:?} is a layout of blocks"),
         }
     }
@@ -44,7 +46,7 @@ impl Kernel for Wide<'_> {
     #[inline(always)]
     fn on<A: Isa>(self, isa: A) {
         let WideProduct { tiles, inputs, rows, y } = self.0;
-        Tiles { tiles: bytemuck::cast_slice(tiles), ahead: &[], inputs, rows, y }.run::<A, F32, 64, 1>(isa);
+        Tiles { tiles: bytemuck::cast_slice(tiles), ahead: &[], inputs, rows, y }.run::<A, F32, 1>(isa);
     }
 }
 
@@ -82,32 +84,32 @@ impl Kernel for Transposition<'_> {
     }
 }
 
-/// Weights of a tile for `STEP` inputs, in `N` bytes.
-trait Weights<const N: usize> {
-    fn widen<A: Isa>(isa: A, weights: &[u8; N], which: usize) -> A::F;
+/// Weights of a tile for one input, or for two in the formats of 16 bits.
+trait Weights {
+    fn widen<A: Isa>(isa: A, weights: &[u8; STEP_BYTES], which: usize) -> A::F;
 }
 
 struct F32;
 struct Bf16;
 struct F16;
 
-impl Weights<64> for F32 {
+impl Weights for F32 {
     #[inline(always)]
-    fn widen<A: Isa>(isa: A, weights: &[u8; 64], _: usize) -> A::F {
+    fn widen<A: Isa>(isa: A, weights: &[u8; STEP_BYTES], _: usize) -> A::F {
         isa.load(&cast(*weights))
     }
 }
 
-impl Weights<64> for Bf16 {
+impl Weights for Bf16 {
     #[inline(always)]
-    fn widen<A: Isa>(isa: A, weights: &[u8; 64], which: usize) -> A::F {
+    fn widen<A: Isa>(isa: A, weights: &[u8; STEP_BYTES], which: usize) -> A::F {
         isa.brains(weights, which)
     }
 }
 
-impl Weights<64> for F16 {
+impl Weights for F16 {
     #[inline(always)]
-    fn widen<A: Isa>(isa: A, weights: &[u8; 64], which: usize) -> A::F {
+    fn widen<A: Isa>(isa: A, weights: &[u8; STEP_BYTES], which: usize) -> A::F {
         isa.halves(weights, which)
     }
 }
@@ -123,8 +125,8 @@ struct Tiles<'a> {
 
 impl Tiles<'_> {
     #[inline(always)]
-    fn run<A: Isa, W: Weights<N>, const N: usize, const STEP: usize>(mut self, isa: A) {
-        let tile_bytes = self.inputs / STEP * N;
+    fn run<A: Isa, W: Weights, const STEP: usize>(mut self, isa: A) {
+        let tile_bytes = self.inputs / STEP * STEP_BYTES;
         let tiles = self.tiles.len() / tile_bytes;
         let groups = self.rows.groups;
         let row_bytes = self.inputs * size_of::<f32>() * groups.rows().div_ceil(groups.count().max(1));
@@ -137,32 +139,30 @@ impl Tiles<'_> {
             for start in (0..tiles).step_by(most) {
                 let end = tiles.min(start + most);
                 for group in first..last {
-                    // With one group, memory is read in order, and the processor guesses what comes.
-                    let share = (last - first > 1).then(|| (group - first, last - first));
-                    self.ahead =
-                        share.map_or(&[], |share| ahead(self.tiles, start * tile_bytes..end * tile_bytes, share));
+                    let now = start * tile_bytes..end * tile_bytes;
+                    self.ahead = ahead(self.tiles, now, (group - first, last - first));
                     let rows = groups.get(group);
                     let from = rows.start;
                     let each = (start, end, from);
                     match (A::IS_WIDE, rows.len()) {
-                        (false, 1) => self.group::<A, W, N, STEP, 4, 1>(isa, each),
-                        (false, 2) => self.group::<A, W, N, STEP, 2, 2>(isa, each),
-                        (false, 3) => self.group::<A, W, N, STEP, 2, 3>(isa, each),
-                        (false, 4) => self.group::<A, W, N, STEP, 1, 4>(isa, each),
-                        (false, 5) => self.group::<A, W, N, STEP, 1, 5>(isa, each),
-                        (false, 6) => self.group::<A, W, N, STEP, 1, 6>(isa, each),
-                        (true, 1) => self.group::<A, W, N, STEP, 8, 1>(isa, each),
-                        (true, 2) => self.group::<A, W, N, STEP, 4, 2>(isa, each),
-                        (true, 3) => self.group::<A, W, N, STEP, 4, 3>(isa, each),
-                        (true, 4) => self.group::<A, W, N, STEP, 4, 4>(isa, each),
-                        (true, 5) => self.group::<A, W, N, STEP, 4, 5>(isa, each),
-                        (true, 6) => self.group::<A, W, N, STEP, 4, 6>(isa, each),
-                        (true, 7) => self.group::<A, W, N, STEP, 2, 7>(isa, each),
-                        (true, 8) => self.group::<A, W, N, STEP, 2, 8>(isa, each),
-                        (true, 9) => self.group::<A, W, N, STEP, 2, 9>(isa, each),
-                        (true, 10) => self.group::<A, W, N, STEP, 2, 10>(isa, each),
-                        (true, 11) => self.group::<A, W, N, STEP, 2, 11>(isa, each),
-                        (true, 12) => self.group::<A, W, N, STEP, 2, 12>(isa, each),
+                        (false, 1) => self.group::<A, W, STEP, 4, 1>(isa, each),
+                        (false, 2) => self.group::<A, W, STEP, 2, 2>(isa, each),
+                        (false, 3) => self.group::<A, W, STEP, 2, 3>(isa, each),
+                        (false, 4) => self.group::<A, W, STEP, 1, 4>(isa, each),
+                        (false, 5) => self.group::<A, W, STEP, 1, 5>(isa, each),
+                        (false, 6) => self.group::<A, W, STEP, 1, 6>(isa, each),
+                        (true, 1) => self.group::<A, W, STEP, 8, 1>(isa, each),
+                        (true, 2) => self.group::<A, W, STEP, 4, 2>(isa, each),
+                        (true, 3) => self.group::<A, W, STEP, 4, 3>(isa, each),
+                        (true, 4) => self.group::<A, W, STEP, 4, 4>(isa, each),
+                        (true, 5) => self.group::<A, W, STEP, 4, 5>(isa, each),
+                        (true, 6) => self.group::<A, W, STEP, 4, 6>(isa, each),
+                        (true, 7) => self.group::<A, W, STEP, 2, 7>(isa, each),
+                        (true, 8) => self.group::<A, W, STEP, 2, 8>(isa, each),
+                        (true, 9) => self.group::<A, W, STEP, 2, 9>(isa, each),
+                        (true, 10) => self.group::<A, W, STEP, 2, 10>(isa, each),
+                        (true, 11) => self.group::<A, W, STEP, 2, 11>(isa, each),
+                        (true, 12) => self.group::<A, W, STEP, 2, 12>(isa, each),
                         (_, count) => unreachable!("groups have no {count} rows"),
                     }
                 }
@@ -172,33 +172,33 @@ impl Tiles<'_> {
 
     /// Tiles `start..end` for the `R` rows from `first` on, `T` tiles at a time.
     #[inline(always)]
-    fn group<A: Isa, W: Weights<N>, const N: usize, const STEP: usize, const T: usize, const R: usize>(
+    fn group<A: Isa, W: Weights, const STEP: usize, const T: usize, const R: usize>(
         &mut self,
         isa: A,
         (start, end, first): (usize, usize, usize),
     ) {
         let mut tile = start;
         while tile + T <= end {
-            self.tiles::<A, W, N, STEP, T, R>(isa, (tile, end), first);
+            self.tiles::<A, W, STEP, T, R>(isa, (tile, end), first);
             tile += T;
         }
         while tile < end {
-            self.tiles::<A, W, N, STEP, 1, R>(isa, (tile, end), first);
+            self.tiles::<A, W, STEP, 1, R>(isa, (tile, end), first);
             tile += 1;
         }
     }
 
     #[inline(always)]
-    fn tiles<A: Isa, W: Weights<N>, const N: usize, const STEP: usize, const T: usize, const R: usize>(
+    fn tiles<A: Isa, W: Weights, const STEP: usize, const T: usize, const R: usize>(
         &mut self,
         isa: A,
         (tile, end): (usize, usize),
         first: usize,
     ) {
         let steps = self.inputs / STEP;
-        let mut weights: [&[[u8; N]]; T] = [&[]; T];
+        let mut weights: [&[[u8; STEP_BYTES]]; T] = [&[]; T];
         for t in 0..T {
-            weights[t] = &self.tiles[(tile + t) * steps * N..][..steps * N].as_chunks().0[..steps];
+            weights[t] = &self.tiles[(tile + t) * steps * STEP_BYTES..][..steps * STEP_BYTES].as_chunks().0[..steps];
         }
         let x = &self.rows.values[first * self.inputs..][..R * self.inputs];
         let x: &[[[f32; R]; STEP]] = &x.as_chunks::<R>().0.as_chunks::<STEP>().0[..steps];

@@ -26,9 +26,8 @@ pub(in crate::engine) struct Rows {
 
 impl Rows {
     /// Takes `x`, `[rows, inputs]`, for products with floating point numbers.
-    pub(in crate::engine) fn fill_floats(&mut self, x: &[f32], inputs: usize, path: Path) -> &FloatRows {
+    pub(in crate::engine) fn fill_floats(&mut self, x: &[f32], inputs: usize, path: Path) {
         self.floats.fill(x, inputs, path);
-        &self.floats
     }
 
     /// Takes `x`, `[rows, inputs]`, for products with blocks; `inputs` is a multiple of 32.

@@ -16,7 +16,7 @@ const LAYOUTS: [Layout; 8] =
     [Layout::F32, Layout::Bf16, Layout::F16, Layout::Q8_0, Layout::Q4_0, Layout::Q4K, Layout::Q6K, Layout::Mxfp4];
 
 /// Numbers that look random, from -0.5 to 0.5.
-fn random(count: usize, seed: u32) -> Vec<f32> {
+pub(in crate::engine) fn random(count: usize, seed: u32) -> Vec<f32> {
     let mut state = seed;
     let mut next = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);

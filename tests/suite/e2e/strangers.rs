@@ -1,6 +1,6 @@
 //! Who may speak to a session, and what a client receives: the library's client against real node processes.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{ops::Range, path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -19,6 +19,7 @@ use helion::{
         ticket::{SessionId, SessionLimits, Ticket},
     },
 };
+use libp2p::PeerId;
 use tokio::sync::mpsc;
 
 use super::harness::{Place, Server, fixture, network, reference};
@@ -29,6 +30,26 @@ async fn client(model: &Path, peer: &Server) -> Client {
 
 fn limits(prompt: usize) -> SessionLimits {
     SessionLimits { max_lanes: 1, max_tokens: 64, max_in_flight: 4, max_step_tokens: prompt as u32 }
+}
+
+/// What `own` would have to sign to run `blocks` on `hop` alone, in a new session.
+fn ticket(client: &Client, own: PeerId, hop: PeerId, blocks: Range<usize>) -> Ticket {
+    let identity = client.model().identity();
+    Ticket {
+        session: SessionId::random(),
+        epoch: 1,
+        client: own,
+        hop,
+        upstream: own,
+        downstream: own,
+        dht_prefix: identity.dht_prefix.clone(),
+        fingerprint: identity.fingerprint,
+        blocks,
+        wire_dtype: Dtype::F32,
+        wire_codec: WireCodec::Raw,
+        limits: limits(40),
+        expires_unix_ms: u64::MAX / 2,
+    }
 }
 
 fn step(hidden: HiddenStates, position: usize) -> Step {
@@ -146,21 +167,7 @@ async fn a_stranger_who_knows_a_sessions_id_can_do_nothing_to_it() {
 
     // Nor with tickets of its own making: signed by itself, or copied from what it might have seen.
     let own = stranger.swarm.peer_id();
-    let ticket = Ticket {
-        session: id,
-        epoch: 2,
-        client: own,
-        hop: hops[0].peer_id,
-        upstream: own,
-        downstream: own,
-        dht_prefix: client.model().identity().dht_prefix.clone(),
-        fingerprint: client.model().identity().fingerprint,
-        blocks: 0..3,
-        wire_dtype: Dtype::F32,
-        wire_codec: WireCodec::Raw,
-        limits: limits(40),
-        expires_unix_ms: u64::MAX / 2,
-    };
+    let ticket = Ticket { session: id, epoch: 2, ..ticket(&client, own, hops[0].peer_id, 0..3) };
     let keypair = stranger.swarm.identity().keypair().clone();
     for (claims, code) in [(own, proto::Code::NotAllowed), (client.swarm().peer_id(), proto::Code::BadTicket)] {
         let open = Ticket { client: claims, ..ticket.clone() }.sign(&keypair).unwrap();
@@ -188,30 +195,17 @@ async fn a_newer_ticket_takes_the_place_of_an_opening_that_waits() {
     let own = stranger.swarm.peer_id();
     let keypair = stranger.swarm.identity().keypair().clone();
     let id = SessionId::random();
-    let ticket = |epoch: u64, downstream| Ticket {
-        session: id,
-        epoch,
-        client: own,
-        hop: hop.peer_id,
-        upstream: own,
-        downstream,
-        dht_prefix: client.model().identity().dht_prefix.clone(),
-        fingerprint: client.model().identity().fingerprint,
-        blocks: 0..3,
-        wire_dtype: Dtype::F32,
-        wire_codec: WireCodec::Raw,
-        limits: limits(40),
-        expires_unix_ms: u64::MAX / 2,
-    };
-    let mut open = ticket(1, mute.peer_id()).sign(&keypair).unwrap();
+    let ticket_of =
+        |epoch: u64, downstream| Ticket { session: id, epoch, downstream, ..ticket(&client, own, hop.peer_id, 0..3) };
+    let mut open = ticket_of(1, mute.peer_id()).sign(&keypair).unwrap();
     open.next = Some(signed);
     let link = stranger.swarm.link(hop.peer_id, &hop.addresses).await.unwrap();
     link.send(Frame::bare(frame(id, 1, proto::frame::Body::Open(open)))).unwrap();
     // The same ticket again changes nothing; the next one does.
-    let again = ticket(1, own).sign(&keypair).unwrap();
+    let again = ticket_of(1, own).sign(&keypair).unwrap();
     let refused = stranger.is_refused(hop, frame(id, 1, proto::frame::Body::Open(again)), vec![]).await;
     assert_eq!(refused, proto::Code::Busy);
-    let newer = ticket(2, own).sign(&keypair).unwrap();
+    let newer = ticket_of(2, own).sign(&keypair).unwrap();
     let answer = stranger.ask(hop, frame(id, 2, proto::frame::Body::Open(newer)), vec![]).await;
     assert!(matches!(answer, proto::frame::Body::Opened(_)), "{answer:?}");
 }
@@ -300,21 +294,7 @@ async fn a_step_that_overtakes_its_ticket_is_applied() {
     let hop = client.observer().look_up().await.unwrap().peers.remove(0).announcement;
     let mut stranger = Stranger::join(&bootstrap).await;
     let own = stranger.swarm.peer_id();
-    let ticket = Ticket {
-        session: SessionId::random(),
-        epoch: 1,
-        client: own,
-        hop: hop.peer_id,
-        upstream: own,
-        downstream: own,
-        dht_prefix: client.model().identity().dht_prefix.clone(),
-        fingerprint: client.model().identity().fingerprint,
-        blocks: 0..6,
-        wire_dtype: Dtype::F32,
-        wire_codec: WireCodec::Raw,
-        limits: limits(40),
-        expires_unix_ms: u64::MAX / 2,
-    };
+    let ticket = ticket(&client, own, hop.peer_id, 0..6);
     let link = stranger.swarm.link(hop.peer_id, &hop.addresses).await.unwrap();
     let step = Frame { header: frame(ticket.session, 1, foreign_step(1, 0)), payload: vec![0; 256].into() };
     link.send(step).unwrap();
