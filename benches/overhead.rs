@@ -11,10 +11,10 @@
 
 #![allow(clippy::expect_used)] // a bench that can't go on stops, with the reason
 
+mod nodes;
+
 use std::{
-    io::{BufRead, BufReader},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
     sync::{Arc, mpsc},
     time::{Duration, Instant},
 };
@@ -24,13 +24,13 @@ use helion::{
     client::{
         Client,
         generation::{GenerationEvent, GenerationOptions},
-        local_model::{EdgesChoice, LocalModel, ModelIdentity},
-        session::{Input, Patience, Step, Want},
+        session::{Input, Step, Want},
     },
     engine::{DeviceChoice, Edges, EdgesOptions, Engine, EngineOptions, HiddenStates, Job, Keep, LaneRun},
     model::{Dtype, Quant, hub::HubOptions, source::ModelSource},
-    swarm::{Role, SwarmConfig, identity::Identity, ticket::SessionLimits},
+    swarm::ticket::SessionLimits,
 };
+use nodes::{NodeProcess, NodeSettings, connect};
 
 const PROMPT: [u32; 8] = [1, 77, 101, 113, 80, 75, 103, 84];
 
@@ -93,7 +93,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
     let mut settings = Vec::new();
     for nodes in args.nodes.iter().copied() {
         let swarm = LocalSwarm::start(&args, &model, scratch.path(), (blocks, nodes))?;
-        let client = connect(&source, &swarm.address, args.dtype).await?;
+        let client = connect(&source, &swarm.address, Some(args.dtype)).await?;
         settings.push(Setting { nodes, client, times: Vec::new(), together: Vec::new(), _swarm: swarm });
     }
     let mut in_process = Vec::new();
@@ -275,64 +275,27 @@ fn median(times: impl Iterator<Item = f64>) -> f64 {
     times[times.len() / 2]
 }
 
-async fn connect(source: &ModelSource, address: &str, dtype: Dtype) -> anyhow::Result<Client> {
-    let identity = ModelIdentity::of(source).await?;
-    let choice = EdgesChoice { dtype: Some(dtype), quant: Quant::Auto, device: DeviceChoice::Cpu, threads: None };
-    let model = LocalModel::load(&source.fetch_edges().await?, identity, choice)?;
-    let network = SwarmConfig {
-        initial_peers: vec![address.parse()?],
-        mdns: false,
-        ..SwarmConfig::new(Identity::ephemeral(), Role::Client)
-    };
-    Ok(Client::connect(Arc::new(model), network, Patience::default(), Duration::from_secs(20)).await?)
-}
-
-/// Node processes that share a model's blocks evenly; killed when dropped.
+/// Node processes that share a model's blocks evenly.
 struct LocalSwarm {
     address: String,
-    children: Vec<Child>,
+    _nodes: Vec<NodeProcess>,
 }
 
 impl LocalSwarm {
-    fn start(args: &Args, model: &Path, home: &Path, (blocks, nodes): (usize, u32)) -> anyhow::Result<Self> {
+    fn start(args: &Args, model: &Path, home: &Path, (blocks, count): (usize, u32)) -> anyhow::Result<Self> {
         let dtype = args.dtype.to_string();
-        let mut swarm = Self { address: String::new(), children: Vec::new() };
-        for node in 0..nodes as usize {
-            let (start, end) = (node * blocks / nodes as usize, (node + 1) * blocks / nodes as usize);
-            let mut command = Command::new(env!("CARGO_BIN_EXE_helion"));
-            command.args(["node", "serve", "--dtype", &dtype, "--no-mdns", "--host-maddrs", "/ip4/127.0.0.1/tcp/0"]);
-            command.arg("--model").arg(model).args(["--blocks", &format!("{start}:{end}")]);
-            command.arg("--identity-path").arg(home.join(format!("{nodes}-{node}.key")));
-            if node == 0 {
-                command.arg("--new-swarm");
-            } else {
-                command.args(["--initial-peers", &swarm.address]);
-            }
-            let mut child = command.env("HELION_HOME", home).env("RUST_LOG", "warn").stdout(Stdio::piped()).spawn()?;
-            let stdout = child.stdout.take().ok_or_else(|| anyhow::anyhow!("a child without standard output"))?;
-            swarm.children.push(child);
-            let mut address = None;
-            for line in BufReader::new(stdout).lines() {
-                if let Some((_, found)) = line?.split_once("--initial-peers ") {
-                    address = Some(found.trim().to_owned());
-                    break;
-                }
-            }
-            let address = address.ok_or_else(|| anyhow::anyhow!("node {node} did not start"))?;
-            if node == 0 {
-                swarm.address = address;
-            }
+        let mut nodes: Vec<NodeProcess> = Vec::new();
+        for node in 0..count as usize {
+            nodes.push(NodeProcess::start(&NodeSettings {
+                model,
+                home,
+                name: format!("{count}-{node}"),
+                blocks: (node * blocks / count as usize, (node + 1) * blocks / count as usize),
+                peer: nodes.first().map(|first| first.address.as_str()),
+                more: &["--dtype", &dtype],
+            })?);
         }
-        Ok(swarm)
-    }
-}
-
-impl Drop for LocalSwarm {
-    fn drop(&mut self) {
-        for child in &mut self.children {
-            // It may have ended already.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        let address = nodes.first().map(|first| first.address.clone()).unwrap_or_default();
+        Ok(Self { address, _nodes: nodes })
     }
 }
