@@ -24,7 +24,7 @@ pub(super) struct Usage(pub(super) String);
 #[derive(Debug, Clone, Args)]
 pub(super) struct ModelArgs {
     /// The model: a hub id (org/name), a directory with config.json, tokenizer.json and *.safetensors, or a GGUF file.
-    #[arg(long, value_name = "HUB_ID|DIR")]
+    #[arg(long, value_name = "HUB_ID|DIR|GGUF")]
     pub(super) model: String,
     #[command(flatten)]
     pub(super) hub: HubArgs,

@@ -32,7 +32,7 @@ pub(super) struct DemoArgs {
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=64))]
     nodes: usize,
     /// Another chat model: a hub id, a directory or a GGUF file [default: the one that is built in].
-    #[arg(long, value_name = "HUB_ID|DIR")]
+    #[arg(long, value_name = "HUB_ID|DIR|GGUF")]
     model: Option<String>,
     #[command(flatten)]
     hub: HubArgs,

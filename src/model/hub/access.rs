@@ -2,7 +2,7 @@
 //!
 //! `hf-hub` 1.0 is not what does it: it starts every interrupted file anew, leaves the SHA-256 of large files out of its
 //! file list (it reads a field that the hub's answer doesn't have), and can't read a part of a file. What is left of it
-//! beside these are paths and variables, and for those it brings 58 crates.
+//! beside these are paths and variables, and for those it would bring 58 crates.
 //!
 //! **The token goes to the hub alone.** Files of any size are redirected to another host, where the client library drops
 //! the `Authorization` header; the addresses there are signed. A redirect from HTTPS to plain HTTP is refused.
