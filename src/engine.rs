@@ -30,7 +30,7 @@
 //! # Pages
 //!
 //! The KV cache is allocated at start, in pages of [`PAGE_TOKENS`] tokens. A [`Cache`] owns the pages of one session and
-//! gives them back when it is dropped. Lanes that were copied and sessions that share a prefix ([`Cache::copy_lane`],
+//! gives them back when it is dropped. Lanes that were copied and sessions that share a prefix ([`Cache::copy_lanes`],
 //! [`Cache::share_prefix`]) hold the same pages, and a step that writes to one of these gets a copy of it. Pages for a
 //! whole step are taken before it begins; a step that can't get them waits in order until its deadline, sessions that run
 //! before new ones, and new ones leave one part in [`WATERMARK_SHARE`] of the pool free.

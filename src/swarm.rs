@@ -26,6 +26,7 @@ mod handle;
 pub mod history;
 pub mod identity;
 mod known;
+pub mod lanes;
 mod link;
 mod network;
 pub mod proto;

@@ -1,16 +1,21 @@
 //! Generating text through a swarm: prompt in chunks, then token by token.
+//!
+//! Several samples of one prompt are lanes of one session: the prompt is computed once, its lane is copied, and each step has a
+//! token of every sample that goes on.
+
+mod sample;
 
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use self::sample::{Now, Sample, Told};
 use super::{
     Client, ClientError, Work,
-    sampling::{Sampler, SamplingOptions},
+    sampling::SamplingOptions,
     session::{Input, Recovery, Route, Session, Step, StepAnswer, Want},
-    stop::StopStrings,
 };
-use crate::{engine::LaneRun, model::tokenizer::TextStream, swarm::ticket::SessionLimits};
+use crate::{engine::LaneRun, swarm::ticket::SessionLimits};
 
 /// Chunks of a prompt under way at a time: enough that every hop of a usual route has one to work on.
 const CHUNKS_IN_FLIGHT: u32 = 4;
@@ -181,7 +186,32 @@ impl Client {
     ) -> Result<Generation, ClientError> {
         let started = Instant::now();
         let longest = self.longest(prompt_ids, options)?;
-        self.run(Run { started, longest, prompt_ids, options, room: longest }, &mut None, on_event).await
+        let run = Run { started, longest, prompt_ids, options, room: longest, samples: 1 };
+        self.run_one(run, &mut None, on_event).await
+    }
+
+    /// Generates so many samples from one prompt, each as [`Client::generate`] would with a seed of its own: the one of the options
+    /// plus the sample's index. The prompt is computed once, and what the samples have in common is held once.
+    ///
+    /// `on_event` is told the sample's index with what happens; what concerns all of them comes with index 0.
+    ///
+    /// # Errors
+    /// As [`Client::generate`], and where there are no samples, or more than a session may have lanes.
+    pub async fn generate_many(
+        &self,
+        prompt_ids: &[u32],
+        options: &GenerationOptions,
+        samples: usize,
+        on_event: &mut (dyn FnMut(usize, GenerationEvent) + Send),
+    ) -> Result<Vec<Generation>, ClientError> {
+        let started = Instant::now();
+        let most = SessionLimits::LARGEST.max_lanes as usize;
+        if samples == 0 || samples > most {
+            return Err(ClientError::Request(format!("{samples} samples are asked for: ask for 1 to {most}")));
+        }
+        let longest = self.longest(prompt_ids, options)?;
+        let run = Run { started, longest, prompt_ids, options, room: longest, samples };
+        self.run(run, &mut None, on_event).await
     }
 
     /// As [`Client::generate`], in the session of the generation before it: only the tokens behind what both have in common are
@@ -200,7 +230,8 @@ impl Client {
         let longest = self.longest(prompt_ids, options)?;
         // It may get as long as the model allows; that reserves nothing.
         let room = self.model().spec().max_context;
-        self.run(Run { started, longest, prompt_ids, options, room }, conversation, on_event).await
+        let run = Run { started, longest, prompt_ids, options, room, samples: 1 };
+        self.run_one(run, conversation, on_event).await
     }
 
     /// How long the sequence may get.
@@ -211,20 +242,33 @@ impl Client {
         Ok(self.check_prompt(prompt_ids)?.min(prompt_ids.len().saturating_add(options.max_tokens)))
     }
 
-    async fn run(
+    async fn run_one(
         &self,
         run: Run<'_>,
         kept: &mut Option<Conversation>,
         on_event: &mut (dyn FnMut(GenerationEvent) + Send),
     ) -> Result<Generation, ClientError> {
-        let Run { started, longest, prompt_ids, options, room } = run;
-        let mut sampler = Sampler::new(options.sampling.clone(), prompt_ids)?;
+        let generations = self.run(run, kept, &mut |_, event| on_event(event)).await?;
+        // As many as samples.
+        generations.into_iter().next().ok_or_else(|| ClientError::Request("no sample is asked for".to_owned()))
+    }
+
+    /// Where there is one sample only, its session is kept.
+    async fn run(
+        &self,
+        run: Run<'_>,
+        kept: &mut Option<Conversation>,
+        on_event: &mut (dyn FnMut(usize, GenerationEvent) + Send),
+    ) -> Result<Vec<Generation>, ClientError> {
+        let Run { started, longest, prompt_ids, options, room, samples: count } = run;
+        let mut samples: Vec<Sample> =
+            (0..count).map(|index| Sample::new(index, self.model(), prompt_ids, options)).collect::<Result<_, _>>()?;
         let chunk = options.prefill_chunk.max(1);
         let limits = SessionLimits {
-            max_lanes: 1,
-            max_tokens: room as u64,
+            max_lanes: count as u32,
+            max_tokens: (room.saturating_mul(count) as u64).min(SessionLimits::LARGEST.max_tokens.max(room as u64)),
             max_in_flight: CHUNKS_IN_FLIGHT,
-            max_step_tokens: chunk.min(room) as u32,
+            max_step_tokens: chunk.min(room).max(count) as u32,
         };
         let mut conversation = match kept.take().filter(|kept| kept.session.limits() == limits) {
             Some(conversation) => conversation,
@@ -235,75 +279,78 @@ impl Client {
             }
         };
         let route_time = started.elapsed();
-        on_event(GenerationEvent::Route { route: entries(&conversation.session.route()) });
+        on_event(0, GenerationEvent::Route { route: entries(&conversation.session.route()) });
         let mut recoveries = 0;
 
-        let mut writer = Writer {
-            stream: Some(self.model().tokenizer().stream(prompt_ids)),
-            stops: StopStrings::new(options.stop.iter().cloned()),
-            text: String::new(),
-            output_ids: Vec::new(),
-        };
         // Where positions depend on the length, what is held was computed for another one.
         let depends_on_length = self.model().spec().length_class(1) > 0;
         let start = if depends_on_length { 0 } else { conversation.shared(prompt_ids) };
         let session = &mut conversation.session;
-        let mut answer = self.prefill(session, Chunks { ids: prompt_ids, start, size: chunk }, &mut None).await?;
-        let mut first_token = None;
-        let mut logits = Vec::new();
-        let finish_reason = loop {
-            recoveries += tell_recoveries(session, on_event);
-            logits = self.logits(&answer, logits)?;
-            let id = sampler.sample(&logits)?;
-            first_token.get_or_insert_with(|| started.elapsed());
-            let position = prompt_ids.len() + writer.output_ids.len();
-            let ends = if self.model().is_eos(id) && !options.ignore_eos {
-                Some(FinishReason::Eos)
-            } else {
-                (position + 1 >= longest).then_some(FinishReason::Length)
-            };
-            let ends = writer.write(id, ends, on_event)?;
-            if let Some(reason) = ends {
-                break reason;
+        let prompt = Chunks { ids: prompt_ids, start, size: chunk, lane: 0 };
+        let answer = self.prefill(session, prompt, &mut None).await?;
+        // All samples begin with the prompt's last row, then each has one of its own.
+        let mut logits = self.logits(&answer, Vec::new())?;
+        let mut position = prompt_ids.len();
+        loop {
+            recoveries += tell_recoveries(session, &mut |event| on_event(0, event));
+            let vocabulary = self.model().spec().vocab_size;
+            let is_first = position == prompt_ids.len();
+            let mut ended = Vec::new();
+            for (row, sample) in samples.iter_mut().filter(|sample| sample.goes_on()).enumerate() {
+                let row = if is_first { 0 } else { row };
+                let is_last = position + 1 >= longest;
+                let now = Now { model: self.model(), started, on_event };
+                sample.choose(&logits[row * vocabulary..][..vocabulary], is_last, now)?;
+                ended.extend((!sample.goes_on()).then_some(sample.lane));
+            }
+            let going: Vec<&Sample> = samples.iter().filter(|sample| sample.goes_on()).collect();
+            if going.is_empty() {
+                break;
             }
             if session.move_if_better(longest - position).await {
-                on_event(GenerationEvent::Route { route: entries(&session.route()) });
+                on_event(0, GenerationEvent::Route { route: entries(&session.route()) });
             }
-            answer = if self.model().spec().position_boundary() == Some(position) {
-                // All positions change here: the session is rolled back to 0.
-                let all = [prompt_ids, &writer.output_ids].concat();
-                self.prefill(session, Chunks { ids: &all, start: 0, size: chunk }, &mut None).await?
+            if is_first {
+                let copies: Vec<_> = going.iter().map(|sample| (0, sample.lane)).filter(|(_, to)| *to > 0).collect();
+                if !copies.is_empty() {
+                    session.copy_lanes(&copies)?;
+                }
+                ended.retain(|lane| *lane == 0);
+            }
+            if !ended.is_empty() {
+                session.drop_lanes(&ended)?;
+            }
+            logits = if self.model().spec().position_boundary() == Some(position) {
+                // All positions change here: the lanes are rolled back to 0.
+                let mut all = Vec::new();
+                for sample in going {
+                    let ids = [prompt_ids, &sample.output_ids].concat();
+                    let lane = Chunks { ids: &ids, start: 0, size: chunk, lane: sample.lane };
+                    all.extend(self.logits(&self.prefill(session, lane, &mut None).await?, Vec::new())?);
+                }
+                all
             } else {
-                self.decode(session, id, position).await?
+                self.logits(&self.decode(session, &going, position).await?, logits)?
             };
-        };
-        let total = started.elapsed();
+            position += 1;
+        }
 
-        let completion_tokens = writer.output_ids.len();
-        let decode_time = total.saturating_sub(first_token.unwrap_or(total)).as_secs_f64();
-        let (route, exact) = (entries(&session.route()), session.is_exact());
-        let wire_codec = Some(session.wire_codec()).filter(|codec| !codec.is_lossless()).map(|codec| codec.to_string());
-        // The last token was never sent.
-        conversation.ids = prompt_ids.iter().chain(&writer.output_ids[..completion_tokens - 1]).copied().collect();
-        *kept = Some(conversation);
-        Ok(Generation {
-            text: writer.text,
-            prompt_ids: prompt_ids.to_vec(),
-            output_ids: writer.output_ids,
-            finish_reason,
-            usage: Usage { prompt_tokens: prompt_ids.len(), completion_tokens },
-            timing: Timing {
-                route_ms: millis(route_time),
-                time_to_first_token_ms: millis(first_token.unwrap_or(total)),
-                decode_tokens_per_second: (completion_tokens > 1)
-                    .then(|| (completion_tokens - 1) as f64 / decode_time.max(1e-9)),
-                total_ms: millis(total),
-            },
-            route,
+        let told = Told {
+            prompt_ids,
+            route_time,
+            total: started.elapsed(),
+            route: entries(&session.route()),
             recoveries,
-            exact,
-            wire_codec,
-        })
+            exact: session.is_exact(),
+            wire_codec: Some(session.wire_codec()).filter(|codec| !codec.is_lossless()).map(|codec| codec.to_string()),
+        };
+        if let [sample] = &samples[..] {
+            // The last token was never sent.
+            let sent = sample.output_ids.len() - 1;
+            conversation.ids = prompt_ids.iter().chain(&sample.output_ids[..sent]).copied().collect();
+            *kept = Some(conversation);
+        }
+        Ok(samples.into_iter().map(|sample| sample.into_generation(&told)).collect())
     }
 
     /// The logits of every position of `ids`: `[ids, vocabulary]`, row-major.
@@ -322,7 +369,7 @@ impl Client {
         let (mut session, _) = self.open_session_for(work, limits, options.wait).await?;
         let logits = Vec::with_capacity(ids.len() * self.model().spec().vocab_size);
         let mut all = Some(logits);
-        let chunks = Chunks { ids, start: 0, size: options.prefill_chunk.max(1) };
+        let chunks = Chunks { ids, start: 0, size: options.prefill_chunk.max(1), lane: 0 };
         self.prefill(&mut session, chunks, &mut all).await?;
         Ok(all.unwrap_or_default())
     }
@@ -360,7 +407,7 @@ impl Client {
         prompt: Chunks<'_>,
         logits: &mut Option<Vec<f32>>,
     ) -> Result<StepAnswer, ClientError> {
-        let Chunks { ids, start, size } = prompt;
+        let Chunks { ids, start, size, lane } = prompt;
         let mut chunks = ids[start..].chunks(size).peekable();
         let mut position = start;
         let mut last = None;
@@ -374,7 +421,7 @@ impl Client {
                     (None, Some(_)) => Want::Nothing,
                 };
                 session.send(Step {
-                    lanes: vec![LaneRun { lane: 0, position, tokens: chunk.len() }],
+                    lanes: vec![LaneRun { lane, position, tokens: chunk.len() }],
                     input: Input::Tokens(chunk.to_vec()),
                     want,
                     rope_length: Some(ids.len()),
@@ -393,14 +440,26 @@ impl Client {
         }
     }
 
-    async fn decode(&self, session: &mut Session, id: u32, position: usize) -> Result<StepAnswer, ClientError> {
+    /// The last token of every sample, in one step.
+    async fn decode(
+        &self,
+        session: &mut Session,
+        samples: &[&Sample],
+        position: usize,
+    ) -> Result<StepAnswer, ClientError> {
         session.send(Step {
-            lanes: vec![LaneRun { lane: 0, position, tokens: 1 }],
-            input: Input::Tokens(vec![id]),
+            lanes: samples.iter().map(|sample| LaneRun { lane: sample.lane, position, tokens: 1 }).collect(),
+            input: Input::Tokens(samples.iter().filter_map(|sample| sample.output_ids.last().copied()).collect()),
             want: Want::Last,
             rope_length: Some(position + 1),
         })?;
-        Ok(session.receive().await?)
+        loop {
+            // Lanes may have been copied or dropped in front of it.
+            let answer = session.receive().await?;
+            if session.in_flight() == 0 {
+                return Ok(answer);
+            }
+        }
     }
 
     /// The logits of an answer's rows, in the memory of `logits`. A large head is long arithmetic: then the runtime is told, so that other tasks go on
@@ -418,15 +477,16 @@ impl Client {
     }
 }
 
-/// One generation.
+/// One generation, or several of one prompt.
 struct Run<'a> {
     started: Instant,
     /// Tokens that the sequence may have.
     longest: usize,
     prompt_ids: &'a [u32],
     options: &'a GenerationOptions,
-    /// Tokens that the session may have.
+    /// Tokens that each lane of the session may have.
     room: usize,
+    samples: usize,
 }
 
 /// The tokens of a sequence from `start` on, to be sent in chunks.
@@ -434,44 +494,7 @@ struct Chunks<'a> {
     ids: &'a [u32],
     start: usize,
     size: usize,
-}
-
-/// Turns tokens into text as they come.
-struct Writer {
-    stream: Option<TextStream>,
-    stops: StopStrings,
-    text: String,
-    output_ids: Vec<u32>,
-}
-
-impl Writer {
-    /// Writes a token, and where it is the last one (`ends`) what was held back too, so that there is one event a token.
-    /// An end-of-sequence token is no text. Returns why the generation ends, if it does.
-    fn write(
-        &mut self,
-        id: u32,
-        ends: Option<FinishReason>,
-        on_event: &mut (dyn FnMut(GenerationEvent) + Send),
-    ) -> Result<Option<FinishReason>, ClientError> {
-        self.output_ids.push(id);
-        let mut piece = match &mut self.stream {
-            Some(stream) if ends != Some(FinishReason::Eos) => stream.push(id)?,
-            _ => String::new(),
-        };
-        if ends.is_some()
-            && let Some(stream) = self.stream.take()
-        {
-            piece += &stream.finish();
-        }
-        let released = self.stops.push(&piece);
-        let mut text = released.text;
-        if ends.is_some() && !released.stopped {
-            text += &self.stops.finish();
-        }
-        self.text += &text;
-        on_event(GenerationEvent::Token { token_id: id, text });
-        Ok(if released.stopped { Some(FinishReason::Stop) } else { ends })
-    }
+    lane: u32,
 }
 
 /// Tells of the hops that were lost since the last answer. Returns how many there were.

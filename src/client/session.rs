@@ -7,6 +7,7 @@
 //! sees a pause, and later what happened ([`Session::take_recoveries`]).
 
 mod error;
+mod lanes;
 mod moving;
 mod opening;
 mod plan;
@@ -271,14 +272,9 @@ impl Session {
     /// # Errors
     /// Where the credit is used up, or the tokens can't be embedded.
     pub fn send(&mut self, step: Step) -> Result<u64, SessionError> {
-        if self.credit() == 0 {
-            return Err(SessionError::Misuse(format!(
-                "{} steps are under way, the most that this session may have",
-                self.sent.len()
-            )));
-        }
+        self.check_credit()?;
         let Step { lanes, input, want, rope_length } = step;
-        let hidden = Input::embed(std::slice::from_ref(&input), &self.client, self.wire_dtype)?;
+        let hidden = self.embed(&input)?;
         let number = self.next_number;
         let header = proto::Step {
             number,
@@ -295,12 +291,7 @@ impl Session {
             }
             .into(),
             rope_length: rope_length.unwrap_or(0) as u64,
-            times: Vec::new(),
-        };
-        let rows_wanted = match want {
-            Want::Last => lanes.len(),
-            Want::All => hidden.rows,
-            Want::Nothing => 0,
+            ..proto::Step::default()
         };
         let mut row = 0;
         for run in &lanes {
@@ -310,13 +301,37 @@ impl Session {
             self.history.keep(place, input.slice(row..row + run.tokens));
             row += run.tokens;
         }
+        Ok(self.dispatch(header, input, hidden))
+    }
+
+    fn check_credit(&self) -> Result<(), SessionError> {
+        if self.credit() > 0 {
+            return Ok(());
+        }
+        let most = self.sent.len();
+        Err(SessionError::Misuse(format!("{most} steps are under way, the most that this session may have")))
+    }
+
+    /// What the first hop is sent for an input.
+    fn embed(&self, input: &Input) -> Result<HiddenStates, SessionError> {
+        Input::embed(std::slice::from_ref(input), &self.client, self.wire_dtype)
+    }
+
+    /// Gives the next step its place among those under way, and sends it unless a repair will.
+    fn dispatch(&mut self, header: proto::Step, input: Input, hidden: HiddenStates) -> u64 {
+        let number = header.number;
+        let rows_wanted = match header.want() {
+            proto::Want::Last => header.lanes.len(),
+            proto::Want::All => hidden.rows,
+            proto::Want::None | proto::Want::Unspecified => 0,
+        };
         self.next_number += 1;
         self.sent.push_back(Sent { header: header.clone(), input, rows_wanted, at: Instant::now() });
         if self.telling.is_none() && self.broken.is_none() {
             let payload = self.pack(hidden);
             self.transmit(header, payload);
         }
-        Ok(number)
+        number
     }
 
     /// Hands a step to the first hop's link.
@@ -463,6 +478,7 @@ impl Session {
             self.hops.iter().for_each(|hop| self.client.succeeded(hop.peer));
         }
         self.confirmed = number;
+        self.history.confirm(number);
         self.last_answer = Instant::now();
         let micros = |us: u32| Duration::from_micros(u64::from(us));
         let times: Vec<_> = output.times.iter().map(|time| (micros(time.queue_us), micros(time.compute_us))).collect();
@@ -472,7 +488,8 @@ impl Session {
 
     /// What a step took at each hop is what the next route is chosen by.
     fn learn_times(&self, rows: usize, times: &[(Duration, Duration)]) {
-        if times.len() != self.hops.len() {
+        // A step without rows says nothing of a hop's speed.
+        if times.len() != self.hops.len() || rows == 0 {
             return;
         }
         for (hop, &(queued, computed)) in self.hops.iter().zip(times) {

@@ -58,13 +58,9 @@ impl Cache {
         self.table.references().len() * PAGE_TOKENS
     }
 
-    /// Makes lane `to` a copy of lane `from`; what it held before is forgotten. The copy of an empty lane is empty.
-    pub fn copy_lane(&mut self, from: u32, to: u32) {
-        self.copy_lanes(&[(from, to)]);
-    }
-
-    /// Makes the second lane of each pair a copy of what the first one is now: of all at once, so that a beam search can
-    /// rearrange its lanes. A lane that is second in two pairs becomes what the later one says.
+    /// Makes the second lane of each pair a copy of what the first one is now, and forget what it held: of all at once, so that
+    /// a beam search can rearrange its lanes. The copy of an empty lane is empty. A lane that is second in two pairs
+    /// becomes what the later one says.
     pub fn copy_lanes(&mut self, pairs: &[(u32, u32)]) {
         let superfluous = self.table.copy(pairs, &mut self.desk.lock().pages);
         self.desk.give_back(superfluous);

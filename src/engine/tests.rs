@@ -417,7 +417,7 @@ fn copied_lanes_give_what_lanes_of_their_own_give() {
         let (grown, back) = (alone(&grown), alone(&back));
 
         let mut cache = session(&engine, 40);
-        cache.copy_lane(0, 1);
+        cache.copy_lanes(&[(0, 1)]);
         cache.copy_lanes(&[(1, 2), (0, 3)]);
         assert_eq!((cache.reserved_tokens(), cache.end(3)), (48, 40));
         // One lane goes on, one goes back, and two go on in one step; all of them wrote to one page.
@@ -466,7 +466,7 @@ fn a_session_goes_on_behind_another_ones_prefix() {
 fn a_step_that_never_begins_leaves_what_its_lane_shares() {
     let engine = load(options(0..2));
     let mut cache = session(&engine, 24);
-    cache.copy_lane(0, 1);
+    cache.copy_lanes(&[(0, 1)]);
     let go_on = hold_up(&engine);
     let (unwanted, answers) = job(cache, &[run(1, 20, 2)]);
     let cancelled = unwanted.cancelled.clone();

@@ -10,14 +10,11 @@ use crate::{
     model::{Dtype, fingerprint::Fingerprint},
     swarm::{
         announcement::Announcement,
+        lanes::BadLaneChanges,
         proto::{announcement, session as proto},
         ticket::{SessionLimits, Ticket},
     },
 };
-
-/// The most that a ticket may ask of this version, whatever the node's settings: what a frame and a batch can carry.
-pub const LARGEST_LIMITS: SessionLimits =
-    SessionLimits { max_lanes: 64, max_tokens: 1 << 24, max_in_flight: 16, max_step_tokens: 4096 };
 
 /// Why a hop refuses to open a session or to take a step. The code and the text go to the client.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -93,7 +90,7 @@ impl Hosted {
                 ),
             ));
         }
-        let (asked, most) = (&ticket.limits, &LARGEST_LIMITS);
+        let (asked, most) = (&ticket.limits, &SessionLimits::LARGEST);
         for (what, asked, most) in [
             ("lanes", u64::from(asked.max_lanes), u64::from(most.max_lanes)),
             ("tokens", asked.max_tokens, most.max_tokens),
@@ -221,6 +218,31 @@ pub fn check_step(ticket: &Ticket, hidden: usize, step: &proto::Step, payload: B
         keep,
         rope_length: (step.rope_length > 0).then_some(step.rope_length as usize),
     })
+}
+
+/// Checks that a step that changes lanes does nothing else. The lanes are checked where the KV cache is.
+///
+/// # Errors
+/// The refusal to send back.
+pub fn check_lane_changes(step: &proto::Step, payload: &Bytes) -> Result<(), Refusal> {
+    if step.tensor.is_some() || !step.lanes.is_empty() || !payload.is_empty() {
+        return Err(BadLaneChanges::WithRows.into());
+    }
+    if step.want() != proto::Want::None {
+        let message = format!("the step wants {}, and one that copies or drops lanes has no rows to answer", step.want);
+        return Err(Refusal::new(proto::Code::WrongStep, message));
+    }
+    Ok(())
+}
+
+impl From<BadLaneChanges> for Refusal {
+    fn from(error: BadLaneChanges) -> Self {
+        let code = match error {
+            BadLaneChanges::TooManyTokens { .. } => proto::Code::TooLarge,
+            _ => proto::Code::WrongStep,
+        };
+        Self::new(code, error.to_string())
+    }
 }
 
 #[cfg(test)]
@@ -354,5 +376,25 @@ mod tests {
             let refusal = check_step(&ticket, 4, &step, vec![0; payload].into()).unwrap_err();
             assert!(refusal.message.contains(says), "{refusal} should say {says}");
         }
+    }
+
+    #[test]
+    fn a_step_that_changes_lanes_does_nothing_else() {
+        let bare = proto::Step { want: proto::Want::None.into(), drops: vec![1], ..Default::default() };
+        assert_eq!(check_lane_changes(&bare, &Bytes::new()), Ok(()));
+        let rows = step(1, &[(0, 0, 1)]);
+        for (step, payload, says) in [
+            (proto::Step { tensor: rows.tensor, ..bare.clone() }, 0, "send two steps"),
+            (proto::Step { lanes: rows.lanes, ..bare.clone() }, 0, "send two steps"),
+            (bare.clone(), 1, "send two steps"),
+            (proto::Step { want: proto::Want::Last.into(), ..bare.clone() }, 0, "wants 1"),
+            (proto::Step { want: 9, ..bare.clone() }, 0, "wants 9"),
+        ] {
+            let refusal = check_lane_changes(&step, &vec![0; payload].into()).unwrap_err();
+            assert_eq!(refusal.code, proto::Code::WrongStep);
+            assert!(refusal.message.contains(says), "{refusal} should say {says}");
+        }
+        let too_many = Refusal::from(BadLaneChanges::TooManyTokens { tokens: 13, most: 12 });
+        assert_eq!(too_many.code, proto::Code::TooLarge);
     }
 }

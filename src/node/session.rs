@@ -5,6 +5,7 @@
 //! steps of a session can't run at once. Results come on the engine's thread and are sent on from there: a step crosses no
 //! other task on its way through a hop.
 
+mod lanes;
 mod replay;
 
 use std::{
@@ -29,6 +30,7 @@ use crate::{
     engine::{Cache, Engine, HiddenStates, Job, LaneRun, Owner, Place, StepError, StepOutput},
     swarm::{
         Frame, Link, SendError, WireCodec, clean,
+        lanes::LaneChanges,
         proto::{announcement, session as proto},
         ticket::{SessionId, Ticket},
     },
@@ -243,6 +245,9 @@ impl HopSession {
 
     /// Hands the step whose turn it is to the engine.
     fn run(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>, pending: Pending) {
+        if let Some(changes) = LaneChanges::of(&pending.step) {
+            return self.change_lanes(inner, &changes, pending);
+        }
         let Pending { step, payload, permit } = pending;
         let hidden = self.engine.spec().hidden_size;
         let checked = match border::check_step(&inner.ticket, hidden, &step, payload) {
@@ -254,11 +259,7 @@ impl HopSession {
             }
         };
         let Some(cache) = inner.cache.take() else {
-            // The log runs one step at a time and the cache comes back before the log hears of it, so this can't happen;
-            // if it does, the session fails instead of the node.
-            let message = "the session's KV cache is away".to_owned();
-            let report = Report::new(proto::Code::Internal, proto::Blame::Hop, message);
-            return self.step_failed(inner, Report { number: step.number, ..report });
+            return self.step_failed(inner, Report { number: step.number, ..cache_away() });
         };
         let tokens = tokens_after(&inner.ticket, &cache, &checked.lanes);
         if tokens > inner.ticket.limits.max_tokens {
@@ -307,11 +308,7 @@ impl HopSession {
                 let rows: u64 = reply.step.lanes.iter().map(|run| u64::from(run.tokens)).sum();
                 self.counts.tokens.fetch_add(rows, Ordering::Relaxed);
                 self.remember(&mut inner, number, &reply.of_history(), &reply.output);
-                let next = inner.log.applied(reply.clone());
-                self.deliver(&mut inner, reply);
-                if let Some(next) = next {
-                    self.run(inner, next);
-                }
+                self.applied(inner, reply);
             }
             Err(error) => {
                 let (code, blame) = classify(&error);
@@ -319,6 +316,19 @@ impl HopSession {
                 let report = Report::new(code, blame, error.to_string());
                 self.step_failed(inner, Report { number, maybe_applied: error.maybe_applied(), ..report });
             }
+        }
+    }
+
+    /// The running step was applied: keeps its output, sends it on, and goes on with the next step.
+    fn applied(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>, reply: Reply) {
+        // A client that never confirms has no more under way than its credit.
+        let credit = u64::from(inner.ticket.limits.max_in_flight);
+        let settled = reply.step.confirmed.max(reply.step.number.saturating_sub(credit));
+        inner.replaying.history.confirm(settled);
+        let next = inner.log.applied(reply.clone());
+        self.deliver(&mut inner, reply);
+        if let Some(next) = next {
+            self.run(inner, next);
         }
     }
 
@@ -466,6 +476,12 @@ fn wire_tensor(states: &HiddenStates, codec: WireCodec) -> proto::Tensor {
         hidden: states.hidden as u32,
         codec: announcement::WireCodec::from(codec).into(),
     }
+}
+
+/// The log runs one step at a time and the cache comes back before the log hears of it, so this can't happen; if it does, the
+/// session fails instead of the node.
+fn cache_away() -> Report {
+    Report::new(proto::Code::Internal, proto::Blame::Hop, "the session's KV cache is away".to_owned())
 }
 
 /// Tokens of all lanes after a step.

@@ -66,6 +66,11 @@ pub struct SessionLimits {
     pub max_step_tokens: u32,
 }
 
+impl SessionLimits {
+    /// The most that a ticket may ask of this version, whatever a node's settings: what a frame and a batch can carry.
+    pub const LARGEST: Self = Self { max_lanes: 64, max_tokens: 1 << 24, max_in_flight: 16, max_step_tokens: 4096 };
+}
+
 /// The signed content of an `Open` frame. See the module's docs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ticket {

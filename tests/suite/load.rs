@@ -195,7 +195,7 @@ fn come_and_go(engine: &Engine, prefixes: &Prefixes, owner: u64, until: Instant)
                 0 => std::thread::sleep(Duration::from_millis(rng.random_range(1..30))),
                 1 | 2 => {
                     let to = rng.random_range(1..3);
-                    cache.copy_lane(0, to);
+                    cache.copy_lanes(&[(0, to)]);
                     session.lanes.insert(to, session.lanes[&0].clone());
                 }
                 3 => {

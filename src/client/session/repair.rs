@@ -418,7 +418,7 @@ impl Session {
     /// Sends the steps after `number` that have no answer again.
     fn send_again(&mut self, number: u64) -> Result<(), SessionError> {
         for sent in self.sent.iter().filter(|sent| sent.header.number > number) {
-            let hidden = Input::embed(std::slice::from_ref(&sent.input), &self.client, self.wire_dtype)?;
+            let hidden = self.embed(&sent.input)?;
             let header = proto::Step { confirmed: self.confirmed, ..sent.header.clone() };
             self.send_to(&self.hops[0], proto::frame::Body::Step(header), self.pack(hidden))?;
         }

@@ -139,7 +139,7 @@ fn story(engine: &Engine, edges: &Edges, wire: Dtype) -> Vec<f32> {
     for (number, lanes) in steps.into_iter().enumerate() {
         if number == 9 {
             // Amid a page, which the first of the two to write to it has to copy.
-            session.cache.as_mut().unwrap().copy_lane(0, COPY);
+            session.cache.as_mut().unwrap().copy_lanes(&[(0, COPY)]);
         }
         let tokens = lanes.iter().flat_map(|run| (run.position..run.position + run.tokens).map(|p| (run.lane, p)));
         let ids: Vec<u32> = tokens.map(|(lane, p)| (lane * 131 + p as u32 * 17 + number as u32) % vocab).collect();

@@ -13,7 +13,7 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 
-use super::{Cache, HopSession, Inner, NotTaken, Reply, Report, wire_tensor};
+use super::{Cache, HopSession, Inner, NotTaken, Reply, Report, cache_away, wire_tensor};
 use crate::{
     engine::{HiddenStates, Job, Keep, StepError, StepOutput},
     node::{border, held::HeldPermit},
@@ -295,9 +295,7 @@ impl HopSession {
             }
         };
         let Some(cache) = inner.cache.take() else {
-            let message = "the session's KV cache is away".to_owned();
-            let report = Report::new(proto::Code::Internal, proto::Blame::Hop, message);
-            return self.fill_failed(&mut inner, report);
+            return self.fill_failed(&mut inner, cache_away());
         };
         let keep = if inner.downstream.is_some() { Keep::All } else { Keep::Nothing };
         drop(inner); // the engine may refuse at once, on this thread

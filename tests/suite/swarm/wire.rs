@@ -135,11 +135,20 @@ fn session_steps() {
         want: session::Want::All as i32,
         rope_length: 5,
         times: times.clone(),
+        ..Default::default()
     };
     pinned(
         &frame(Body::Step(step)),
         "0a100101010101010101010101010101010110022a2108ac0210ab021a06080110021803220708021004188010280230053a0408011002",
     );
+    let lanes = session::Step {
+        number: 1,
+        want: session::Want::None as i32,
+        copies: vec![session::LaneCopy { from: 2, to: 3 }],
+        drops: vec![4, 5],
+        ..Default::default()
+    };
+    pinned(&frame(Body::Step(lanes)), "0a100101010101010101010101010101010110022a0e080128034204080210034a020405");
     pinned(
         &frame(Body::Output(session::Output { number: 300, tensor, times })),
         "0a10010101010101010101010101010101011002321208ac021207080210041880101a0408011002",
