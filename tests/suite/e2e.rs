@@ -8,6 +8,7 @@ mod faults;
 mod generate;
 mod gguf;
 mod harness;
+mod lanes;
 mod long_links;
 mod lost;
 mod quantized;

@@ -21,7 +21,7 @@ fn options(max_tokens: usize) -> GenerationOptions {
 }
 
 /// What a node says of itself.
-async fn info(client: &Client, node: &Server) -> helion::swarm::proto::rpc::InfoResponse {
+pub(super) async fn info(client: &Client, node: &Server) -> helion::swarm::proto::rpc::InfoResponse {
     let peer: PeerId = node.peer_id.parse().unwrap();
     let addresses = [node.address.rsplit_once("/p2p/").unwrap().0.parse().unwrap()];
     let answer = client.swarm().request(peer, &addresses, Request::info(), Duration::from_secs(10)).await;

@@ -33,7 +33,7 @@ fn limits(prompt: usize) -> SessionLimits {
 }
 
 /// What `own` would have to sign to run `blocks` on `hop` alone, in a new session.
-fn ticket(client: &Client, own: PeerId, hop: PeerId, blocks: Range<usize>) -> Ticket {
+pub(super) fn ticket(client: &Client, own: PeerId, hop: PeerId, blocks: Range<usize>) -> Ticket {
     let identity = client.model().identity();
     Ticket {
         session: SessionId::random(),
@@ -83,8 +83,8 @@ async fn generate_with(client: &Client, session: &mut Session, model: &Path, mut
 }
 
 /// A peer of the swarm that says what it likes.
-struct Stranger {
-    swarm: Swarm,
+pub(super) struct Stranger {
+    pub(super) swarm: Swarm,
     frames: mpsc::Receiver<Frame>,
 }
 
@@ -104,7 +104,7 @@ impl Service for Collect {
 }
 
 impl Stranger {
-    async fn join(peer: &Server) -> Self {
+    pub(super) async fn join(peer: &Server) -> Self {
         let (sender, frames) = mpsc::channel(64);
         let swarm = Swarm::start(network(peer), Arc::new(Collect(sender))).await.unwrap();
         swarm.join(Duration::from_secs(10)).await.unwrap();
@@ -112,7 +112,12 @@ impl Stranger {
     }
 
     /// Sends a frame and returns the answer.
-    async fn ask(&mut self, node: &Announcement, header: proto::Frame, payload: Vec<u8>) -> proto::frame::Body {
+    pub(super) async fn ask(
+        &mut self,
+        node: &Announcement,
+        header: proto::Frame,
+        payload: Vec<u8>,
+    ) -> proto::frame::Body {
         let link = self.swarm.link(node.peer_id, &node.addresses).await.unwrap();
         link.send(Frame { header, payload: payload.into() }).unwrap();
         let answer = tokio::time::timeout(Duration::from_secs(10), self.frames.recv()).await.unwrap().unwrap();
@@ -120,7 +125,12 @@ impl Stranger {
     }
 
     /// Sends a frame and checks that it is refused.
-    async fn is_refused(&mut self, node: &Announcement, header: proto::Frame, payload: Vec<u8>) -> proto::Code {
+    pub(super) async fn is_refused(
+        &mut self,
+        node: &Announcement,
+        header: proto::Frame,
+        payload: Vec<u8>,
+    ) -> proto::Code {
         match self.ask(node, header, payload).await {
             proto::frame::Body::Fault(fault) => fault.code(),
             other => panic!("not refused: {other:?}"),
@@ -128,11 +138,11 @@ impl Stranger {
     }
 }
 
-fn frame(session: SessionId, epoch: u64, body: proto::frame::Body) -> proto::Frame {
+pub(super) fn frame(session: SessionId, epoch: u64, body: proto::frame::Body) -> proto::Frame {
     proto::Frame { session: session.to_wire(), epoch, body: Some(body) }
 }
 
-fn foreign_step(number: u64, position: u64) -> proto::frame::Body {
+pub(super) fn foreign_step(number: u64, position: u64) -> proto::frame::Body {
     proto::frame::Body::Step(proto::Step {
         number,
         lanes: vec![proto::LaneRun { lane: 0, position, tokens: 1 }],
