@@ -108,7 +108,7 @@ async fn ask(client: &Client, options: &GenerationOptions, prompt: &str, json: b
     let generation = generate_shown(client, &ids, options, shown).await?;
     shown.result(&generation)?;
     if !json {
-        print(format_args!("\n{}\n", summary(&generation)))?;
+        print(format_args!("\n{}\n", summary(std::slice::from_ref(&generation))))?;
     }
     Ok(())
 }

@@ -22,8 +22,11 @@ use crate::{
     },
     engine::DeviceChoice,
     model::{chat::Message, source::ModelSource},
-    swarm::WireCodec,
+    swarm::{WireCodec, ticket::SessionLimits},
 };
+
+/// A session has no more lanes.
+const MOST_SAMPLES: u64 = SessionLimits::LARGEST.max_lanes as u64;
 
 #[derive(Debug, Args)]
 pub(super) struct GenerateArgs {
@@ -35,6 +38,10 @@ pub(super) struct GenerateArgs {
     rules: RuleArgs,
     #[command(flatten)]
     pub(super) generation: GenerationArgs,
+    /// Samples of what may follow. The prompt is computed once; the seed of each is one more than that of the one before. JSON
+    /// objects say which sample they are of in "index".
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=MOST_SAMPLES))]
+    num_return_sequences: usize,
     /// Print one JSON object with the text, the ids, the timing and the route.
     #[arg(long, conflicts_with = "json_stream")]
     json: bool,
@@ -255,6 +262,22 @@ pub(super) async fn generate_shown(
     }
 }
 
+/// As [`generate_shown`], so many samples.
+async fn samples_shown(
+    client: &Client,
+    ids: &[u32],
+    options: &GenerationOptions,
+    samples: usize,
+    shown: Shown,
+) -> anyhow::Result<Vec<Generation>> {
+    let display = Display::new(shown);
+    let mut show = |sample, event| display.event_of(sample, &event);
+    tokio::select! {
+        generations = client.generate_many(ids, options, samples, &mut show) => Ok(generations?),
+        error = display.failed() => Err(error.into()),
+    }
+}
+
 /// As [`generate_shown`], as text, in the session of the conversation.
 pub(super) async fn answer_shown(
     client: &Client,
@@ -310,10 +333,21 @@ pub(super) async fn run(args: GenerateArgs) -> anyhow::Result<()> {
         (_, true) => Shown::JsonStream,
         _ => Shown::Text,
     };
-    let generation = use_client(&client, &mut signals, generate_shown(&client, &ids, &options, shown)).await?;
-    shown.result(&generation)?;
+    let generations = match args.num_return_sequences {
+        1 => {
+            let generation = use_client(&client, &mut signals, generate_shown(&client, &ids, &options, shown)).await?;
+            shown.result(&generation)?;
+            vec![generation]
+        }
+        samples => {
+            let generating = samples_shown(&client, &ids, &options, samples, shown);
+            let generations = use_client(&client, &mut signals, generating).await?;
+            shown.samples(&generations)?;
+            generations
+        }
+    };
     if shown == Shown::Text {
-        say(format_args!("{}", summary(&generation)));
+        say(format_args!("{}", summary(&generations)));
     }
     Ok(())
 }

@@ -68,6 +68,22 @@ impl Shown {
             Self::Json | Self::JsonStream => print_json(generation),
         }
     }
+
+    /// Shows several samples of one prompt, each with its number. Their texts come side by side, so they are shown in the end.
+    pub(super) fn samples(self, generations: &[Generation]) -> Result<(), PrintError> {
+        generations.iter().enumerate().try_for_each(|(index, generation)| match self {
+            Self::Text => print(format_args!("[{index}]\n{}\n", generation.text)),
+            Self::Json | Self::JsonStream => print_json(&OfSample { index, what: generation }),
+        })
+    }
+}
+
+/// One of several samples' JSON.
+#[derive(Serialize)]
+struct OfSample<'a, T> {
+    index: usize,
+    #[serde(flatten)]
+    what: &'a T,
 }
 
 /// Shows what happens in one generation, and tells when that can't be shown any more.
@@ -84,11 +100,23 @@ impl Display {
 
     /// Shows what happens on the way.
     pub(super) fn event(&self, event: &GenerationEvent) {
-        let printed = match (self.shown, event) {
+        self.note(match (self.shown, event) {
             (Shown::Text, GenerationEvent::Token { text, .. }) => print(format_args!("{text}")),
             (Shown::JsonStream, event) => print_json(event),
             _ => Ok(()),
-        };
+        });
+    }
+
+    /// Shows what happens to one of several samples.
+    pub(super) fn event_of(&self, index: usize, event: &GenerationEvent) {
+        self.note(match (self.shown, event) {
+            (Shown::JsonStream, what @ GenerationEvent::Token { .. }) => print_json(&OfSample { index, what }),
+            (Shown::JsonStream, event) => print_json(event),
+            _ => Ok(()),
+        });
+    }
+
+    fn note(&self, printed: Result<(), PrintError>) {
         if let Err(error) = printed {
             self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
             self.failed.notify_one();
@@ -106,23 +134,26 @@ impl Display {
     }
 }
 
-/// The route and the speed of a generation, for people.
-pub(super) fn summary(generation: &Generation) -> String {
+/// The route and the speed of a generation, or of several samples of one prompt, for people.
+pub(super) fn summary(samples: &[Generation]) -> String {
+    let Some(first) = samples.first() else { return String::new() };
     let mut lines = Vec::new();
-    for (index, hop) in generation.route.iter().enumerate() {
+    for (index, hop) in first.route.iter().enumerate() {
         lines.push(format!("hop {}: blocks {}:{} on {}", index + 1, hop.span[0], hop.span[1], hop.peer_id));
     }
-    let timing = &generation.timing;
+    let generated: usize = samples.iter().map(|sample| sample.usage.completion_tokens).sum();
     let mut speed = format!(
-        "{} prompt tokens, {} generated; first token after {:.0} ms",
-        generation.usage.prompt_tokens, generation.usage.completion_tokens, timing.time_to_first_token_ms
+        "{} prompt tokens, {generated} generated; first token after {:.0} ms",
+        first.usage.prompt_tokens, first.timing.time_to_first_token_ms
     );
-    if let Some(rate) = timing.decode_tokens_per_second {
-        speed += &format!(", then {rate:.1} tokens a second");
+    let decoding = samples.iter().map(|sample| sample.timing.total_ms - sample.timing.time_to_first_token_ms);
+    let (decode_ms, later) = (decoding.fold(0.0, f64::max), generated - samples.len().min(generated));
+    if later > 0 {
+        speed += &format!(", then {:.1} tokens a second", later as f64 * 1e3 / decode_ms.max(1e-6));
     }
     lines.push(speed);
-    if generation.recoveries > 0 {
-        lines.push(format!("{} hop(s) were lost on the way, and replaced", generation.recoveries));
+    if first.recoveries > 0 {
+        lines.push(format!("{} hop(s) were lost on the way, and replaced", first.recoveries));
     }
     lines.join("\n")
 }

@@ -51,6 +51,30 @@ fn a_prompt_in_chunks() {
 }
 
 #[test]
+fn several_samples_are_one_object_a_line_and_say_which_they_are() {
+    let (place, model) = (Place::new(), fixture("llama"));
+    let (bootstrap, _nodes) = place.swarm(&model, &["0:6"], &[]);
+    let sampled = ["--max-tokens", "6", "--ignore-eos", "--temperature", "1.1"];
+    let many = |args: &[&str]| {
+        let all = [&sampled[..], &["--num-return-sequences", "3", "--seed", "40"], args].concat();
+        let ended = place.generate(&model, &bootstrap, &[3, 1, 4], &all);
+        assert!(ended.status.success(), "{ended:?}");
+        ended.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect::<Vec<serde_json::Value>>()
+    };
+    let samples = many(&[]);
+    assert_eq!(samples.len(), 3);
+    for (index, sample) in samples.iter().enumerate() {
+        assert_eq!(sample["index"], index);
+        let seed = (40 + index).to_string();
+        let alone = [&sampled[..], &["--seed", &seed]].concat();
+        let alone = place.generate(&model, &bootstrap, &[3, 1, 4], &alone).json();
+        assert_eq!((&sample["output_ids"], &sample["text"]), (&alone["output_ids"], &alone["text"]));
+        assert_eq!(alone.get("index"), None);
+    }
+    place.generate(&model, &bootstrap, &[3], &["--num-return-sequences", "65"]).fails(2, &["num-return-sequences"]);
+}
+
+#[test]
 fn over_quic() {
     let place = Place::new();
     let quic = ["--host-maddrs", "/ip4/127.0.0.1/udp/0/quic-v1"];
