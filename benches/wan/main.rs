@@ -11,12 +11,12 @@ mod link;
 #[path = "../../tests/suite/made.rs"]
 #[allow(dead_code)]
 mod made;
+#[path = "../nodes.rs"]
+mod nodes;
 
 use std::{
-    io::{BufRead, BufReader},
     path::Path,
-    process::{Child, Command, Stdio},
-    sync::Arc,
+    sync::atomic::{AtomicUsize, Ordering},
     time::{Duration, Instant},
 };
 
@@ -24,19 +24,18 @@ use helion::{
     client::{
         Client,
         generation::GenerationOptions,
-        local_model::{EdgesChoice, LocalModel, ModelIdentity},
-        session::{Input, Patience, Route, Session, Step, Want},
+        session::{Input, Route, Session, Step, Want},
     },
-    engine::{DeviceChoice, HiddenStates, LaneRun},
-    model::{Quant, hub::HubOptions, source::ModelSource},
-    swarm::{Role, SwarmConfig, identity::Identity, ticket::SessionLimits},
+    engine::{HiddenStates, LaneRun},
+    model::{hub::HubOptions, source::ModelSource},
+    swarm::ticket::SessionLimits,
 };
 use link::{LongLink, Profile};
 use made::Shape;
+use nodes::{NodeProcess, NodeSettings, connect};
 
-/// Wide enough that a prompt's hidden states are half a megabyte, small enough that computing doesn't hide the links.
-const SHAPE: Shape =
-    Shape { hidden: 512, intermediate: 1024, blocks: 4, heads: 8, kv_heads: 4, vocab: 1024, shards: 1 };
+/// Wide enough that a prompt's hidden states are half a megabyte, and so little to compute that the links are what is measured.
+const SHAPE: Shape = Shape { hidden: 512, intermediate: 128, blocks: 4, heads: 8, kv_heads: 2, vocab: 1024, shards: 1 };
 const PROMPT: usize = 512;
 /// How hidden states travel in this model: bf16.
 const ROW_BYTES: usize = 2 * SHAPE.hidden;
@@ -45,9 +44,11 @@ const NO_LINK: Profile = Profile { one_way: Duration::ZERO, bits_per_second: Non
 
 /// How much is measured.
 struct Effort {
+    /// With and without links in turn: the machine's speed drifts, and both should see it.
+    rounds: usize,
+    /// In a round; besides one prompt.
     tokens: usize,
     tokens_in_the_middle: usize,
-    prompts: usize,
     hops: &'static [usize],
     delays_ms: &'static [u64],
     bandwidths: &'static [f64],
@@ -55,12 +56,12 @@ struct Effort {
 
 fn main() {
     let effort = if std::env::args().any(|arg| arg == "quick") {
-        Effort { tokens: 20, tokens_in_the_middle: 5, prompts: 2, hops: &[2], delays_ms: &[25], bandwidths: &[1e8] }
+        Effort { rounds: 3, tokens: 10, tokens_in_the_middle: 5, hops: &[4], delays_ms: &[25], bandwidths: &[1e8] }
     } else {
         Effort {
-            tokens: 80,
+            rounds: 9,
+            tokens: 10,
             tokens_in_the_middle: 20,
-            prompts: 5,
             hops: &[1, 2, 3, 4],
             delays_ms: &[0, 25, 50],
             bandwidths: &[1e8, 1e9],
@@ -82,40 +83,47 @@ async fn run(effort: &Effort) {
     let source = ModelSource::open(&model.display().to_string(), HubOptions::default()).await.unwrap();
 
     println!(
-        "| hops | one way, ms | Mbit/s | token without links, ms | token, ms | ÷ least, p50 | p95 | client in the middle, ms | {PROMPT}-token prompt, ms | ÷ least |"
+        "| hops | one way, ms | Mbit/s | token without links, ms | token, ms | ÷ least, p50 | p95 | client in the middle, ms | {PROMPT}-token prompt without links, ms | prompt, ms | ÷ least |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|");
     for &hops in effort.hops {
         let swarm = FarSwarm::start(&model, scratch.path(), hops);
-        let client = connect(&source, &swarm.address).await;
+        let client = connect(&source, swarm.address(), None).await.unwrap();
         // The first ones warm up: connections, windows, caches.
         decode(&client, 20).await;
         prefill(&client, 2).await;
         for &bits_per_second in effort.bandwidths {
             for &delay in effort.delays_ms {
                 let profile = Profile { one_way: Duration::from_millis(delay), bits_per_second: Some(bits_per_second) };
-                // What it takes without links is measured again each time: the machine's speed drifts.
-                let alone = median(&decode(&client, effort.tokens).await);
-                let prompt_alone = median(&prefill(&client, effort.prompts).await);
+                // Windows grow with what the first prompts over a long link send.
                 swarm.set(profile);
-                decode(&client, 5).await;
-                let tokens = decode(&client, effort.tokens).await;
-                prefill(&client, 1).await;
-                let prompts = prefill(&client, effort.prompts).await;
+                prefill(&client, 2).await;
                 let in_the_middle = median(&decode_in_the_middle(&client, effort.tokens_in_the_middle).await);
+                let (mut alone, mut prompts_alone) = (Vec::new(), Vec::new());
+                let (mut tokens, mut prompts) = (Vec::new(), Vec::new());
+                for _ in 0..effort.rounds {
+                    swarm.set(NO_LINK);
+                    alone.extend(decode(&client, effort.tokens).await);
+                    prompts_alone.extend(prefill(&client, 1).await);
+                    swarm.set(profile);
+                    tokens.extend(decode(&client, effort.tokens).await);
+                    prompts.extend(prefill(&client, 1).await);
+                }
                 swarm.set(NO_LINK);
+                let (alone, prompt_alone) = (median(&alone), median(&prompts_alone));
                 let ring = (hops + 1) as u32 * profile.one_way;
                 let least = (alone + ring).as_secs_f64();
                 let least_prompt = (prompt_alone + ring + profile.transmission(PROMPT * ROW_BYTES)).as_secs_f64();
                 let (token, prompt) = (median(&tokens), median(&prompts));
                 println!(
-                    "| {hops} | {delay} | {:.0} | {:.2} | {:.1} | {:.2} | {:.2} | {:.1} | {:.0} | {:.2} |",
+                    "| {hops} | {delay} | {:.0} | {:.2} | {:.1} | {:.2} | {:.2} | {:.1} | {:.0} | {:.0} | {:.2} |",
                     bits_per_second / 1e6,
                     ms(alone),
                     ms(token),
                     token.as_secs_f64() / least,
                     quantile(&tokens, 0.95).as_secs_f64() / least,
                     ms(in_the_middle),
+                    ms(prompt_alone),
                     ms(prompt),
                     prompt.as_secs_f64() / least_prompt,
                 );
@@ -188,9 +196,12 @@ fn likeliest(client: &Client, hidden: &HiddenStates) -> u32 {
 
 /// The times to the first token after a long prompt, the opening of the session included.
 async fn prefill(client: &Client, prompts: usize) -> Vec<Duration> {
+    /// No two prompts begin alike, so that none finds what another one left behind.
+    static PROMPTS: AtomicUsize = AtomicUsize::new(0);
     let options = GenerationOptions { max_tokens: 1, ignore_eos: true, ..GenerationOptions::default() };
     let mut times = Vec::new();
-    for prompt in 0..prompts {
+    for _ in 0..prompts {
+        let prompt = PROMPTS.fetch_add(1, Ordering::Relaxed);
         let ids: Vec<u32> = (0..PROMPT).map(|token| ((token * 7 + prompt) % SHAPE.vocab) as u32).collect();
         let generation = client.generate(&ids, &options, &mut |_| {}).await.unwrap();
         times.push(Duration::from_secs_f64(generation.timing.time_to_first_token_ms / 1e3));
@@ -198,68 +209,36 @@ async fn prefill(client: &Client, prompts: usize) -> Vec<Duration> {
     times
 }
 
-async fn connect(source: &ModelSource, address: &str) -> Client {
-    let identity = ModelIdentity::of(source).await.unwrap();
-    let choice = EdgesChoice { dtype: None, quant: Quant::Auto, device: DeviceChoice::Cpu, threads: None };
-    let model = LocalModel::load(&source.fetch_edges().await.unwrap(), identity, choice).unwrap();
-    let network = SwarmConfig {
-        initial_peers: vec![address.parse().unwrap()],
-        mdns: false,
-        ..SwarmConfig::new(Identity::ephemeral(), Role::Client)
-    };
-    Client::connect(Arc::new(model), network, Patience::default(), Duration::from_secs(20)).await.unwrap()
-}
-
-/// Node processes that share the model's blocks evenly, each behind a link of its own; killed when dropped.
+/// Nodes that share the model's blocks evenly, each behind a link of its own.
 struct FarSwarm {
-    address: String,
-    nodes: Vec<Child>,
+    nodes: Vec<NodeProcess>,
     links: Vec<LongLink>,
 }
 
 impl FarSwarm {
     fn start(model: &Path, home: &Path, count: usize) -> Self {
-        let mut swarm = Self { address: String::new(), nodes: Vec::new(), links: Vec::new() };
+        let mut swarm = Self { nodes: Vec::new(), links: Vec::new() };
         for node in 0..count {
-            let (start, end) = (node * SHAPE.blocks / count, (node + 1) * SHAPE.blocks / count);
+            let blocks = (node * SHAPE.blocks / count, (node + 1) * SHAPE.blocks / count);
             let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
             let link = LongLink::start(([127, 0, 0, 1], port).into(), NO_LINK);
-            let mut command = Command::new(env!("CARGO_BIN_EXE_helion"));
-            command.args(["node", "serve", "--no-mdns", "--host-maddrs", &format!("/ip4/127.0.0.1/tcp/{port}")]);
-            command.args(["--announce-maddrs", &format!("/ip4/127.0.0.1/tcp/{}", link.port())]);
-            command.arg("--model").arg(model).args(["--blocks", &format!("{start}:{end}")]);
-            command.arg("--identity-path").arg(home.join(format!("{count}-{node}.key")));
-            if node == 0 {
-                command.arg("--new-swarm");
-            } else {
-                command.args(["--initial-peers", &swarm.address]);
-            }
-            let mut child =
-                command.env("HELION_HOME", home).env("RUST_LOG", "warn").stdout(Stdio::piped()).spawn().unwrap();
-            let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-            swarm.nodes.push(child);
+            let (own, announced) =
+                (format!("/ip4/127.0.0.1/tcp/{port}"), format!("/ip4/127.0.0.1/tcp/{}", link.port()));
+            let more = ["--host-maddrs", &own, "--announce-maddrs", &announced];
+            let peer = swarm.nodes.first().map(|node| node.address.as_str());
+            let settings = NodeSettings { model, home, name: format!("{count}-{node}"), blocks, peer, more: &more };
+            let process = NodeProcess::start(&settings).unwrap();
+            swarm.nodes.push(process);
             swarm.links.push(link);
-            let address = lines
-                .find_map(|line| Some(line.ok()?.split_once("--initial-peers ")?.1.trim().to_owned()))
-                .expect("the node starts");
-            if node == 0 {
-                swarm.address = address;
-            }
         }
         swarm
     }
 
+    fn address(&self) -> &str {
+        &self.nodes[0].address
+    }
+
     fn set(&self, profile: Profile) {
         self.links.iter().for_each(|link| link.set(profile));
-    }
-}
-
-impl Drop for FarSwarm {
-    fn drop(&mut self) {
-        for child in &mut self.nodes {
-            // It may have ended already.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
     }
 }
