@@ -35,6 +35,11 @@
 //! whole step are taken before it begins; a step that can't get them waits in order until its deadline, sessions that run
 //! before new ones, and new ones leave one part in [`WATERMARK_SHARE`] of the pool free.
 //!
+//! # Moving
+//!
+//! A session can go on in another engine that computes alike: its pages are read here and written there, a few between two passes,
+//! and nothing of it is computed again (`engine/snapshot.rs`).
+//!
 //! # Threads
 //!
 //! One thread runs the batcher and the passes. It shares them between sessions that decode and prompts, so that the former
@@ -70,6 +75,7 @@ mod product;
 mod rope;
 mod schedule;
 mod scratch;
+mod snapshot;
 pub mod speed;
 mod tensor;
 mod threads;
@@ -87,13 +93,14 @@ use cache::{Desk, Pending};
 pub use edges::{EdgeError, Edges, EdgesOptions};
 pub use hidden::{HiddenStates, WrongLength};
 pub use job::{Job, Keep, Owner, Place, StepError, StepOutput};
-pub use lanes::LaneRun;
+pub use lanes::{LaneLayout, LaneRun};
 pub use load::LoadError;
 use load::{Loaded, Source};
 pub use matrix::Matrix;
 pub use pages::{PAGE_TOKENS, WATERMARK_SHARE};
 use pass::{Pass, Span};
 use planes::KvPlanes;
+pub use snapshot::{ReadDone, Snapshot, TransferError, WriteDone};
 pub use threads::MAX_THREADS;
 
 use crate::model::{Dtype, KvDtype, Quant, checkpoint::Checkpoint, spec::ModelSpec};
@@ -379,6 +386,9 @@ impl Engine {
         let Job { cache, lanes, hidden, .. } = job;
         if !Arc::ptr_eq(&cache.desk, &self.shared.desk) {
             return bad("its cache belongs to another engine".into());
+        }
+        if !cache.incoming.is_empty() {
+            return bad("its cache is still being rebuilt".into());
         }
         if !hidden.has_right_length() {
             return bad(format!(

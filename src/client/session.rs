@@ -3,10 +3,11 @@
 //! The client opens the session on every hop with a signed ticket (`opening`) and sends numbered steps to the first hop, the
 //! first ones along with the tickets; it receives each answer from the last hop. It never waits in vain: a hop that answers with a fault, whose link ends, or that
 //! doesn't answer a ping while a step is overdue is lost, and another one takes its place (`repair`): the hop before it
-//! replays what it had sent on, the others keep what they have, and the steps under way go on. Whoever uses the session
-//! sees a pause, and later what happened ([`Session::take_recoveries`]).
+//! replays what it had sent on, the others keep what they have, and the steps under way go on. A hop that leaves on purpose
+//! hands what it has over to another one (`handing`). Whoever uses the session sees a pause, and later what happened ([`Session::take_recoveries`]).
 
 mod error;
+mod handing;
 mod lanes;
 mod moving;
 mod opening;
@@ -24,6 +25,7 @@ use libp2p::PeerId;
 
 pub use self::{error::SessionError, repair::Recovery};
 use self::{
+    handing::Handing,
     moving::Moves,
     opening::HopLink,
     repair::{Repairs, Telling},
@@ -221,6 +223,7 @@ pub struct Session {
     history: History<Input>,
     repairs: Repairs,
     moves: Moves,
+    handing: Handing,
     /// What the first hop is being told, where it took a lost one's place: steps wait behind that.
     telling: Option<Telling>,
     /// Something went wrong where nobody could wait for a repair.
@@ -353,7 +356,7 @@ impl Session {
             return Err(SessionError::Misuse("no step is under way".to_owned()));
         }
         loop {
-            let error = match self.broken.take() {
+            let error = match self.broken.take().or_else(|| self.hop_to_leave()) {
                 Some(error) => error,
                 None => match self.await_answer().await {
                     Ok(answer) => {
@@ -512,7 +515,9 @@ impl Session {
             Event::LinkClosed(_) => Ok(None),
             Event::Frame { from, epoch, body, payload } => {
                 let hop = self.hops.iter().find(|hop| hop.peer == from);
-                let (Some(hop), true) = (hop, epoch == self.epoch) else {
+                // A hop that leaves does so in any epoch.
+                let is_leaving = |body: &proto::frame::Body| matches!(body, proto::frame::Body::Fault(fault) if fault.code() == proto::Code::Leaving);
+                let (Some(hop), true) = (hop, epoch == self.epoch || is_leaving(&body)) else {
                     tracing::debug!(peer = %from, epoch, "ignored a frame that is not of this route");
                     return Ok(None);
                 };
@@ -589,7 +594,7 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        for hop in &self.hops {
+        for hop in self.hops.iter().chain(self.handing.leaving()) {
             // A hop that is gone has closed it already.
             let _ = self.send_to(hop, proto::frame::Body::Close(proto::Close {}), Bytes::new());
         }

@@ -19,6 +19,7 @@ use super::{
     pages::{Claim, PAGE_TOKENS},
     pass::{NonFinite, Outcome, Pass, Piece, Segment},
     schedule::{Demand, PassRows, Schedule, Share},
+    snapshot::Transfer,
 };
 
 /// How often a step that waits for pages is asked whether it is still wanted; nobody rings when it isn't.
@@ -63,6 +64,7 @@ impl Batcher {
     /// Works until the engine is closed.
     pub(super) fn run(mut self) {
         while self.fetch() {
+            self.transfer();
             self.discard();
             let demands: Vec<Demand> = self.ready.iter().map(Active::demand).collect();
             let is_ready = |session| self.ready.iter().any(|active| active.job.cache.number == session);
@@ -78,6 +80,20 @@ impl Batcher {
         for active in self.ready {
             active.give_up(StepError::Cancelled);
         }
+        let transfers = std::mem::take(&mut self.desk.lock().transfers);
+        transfers.into_iter().for_each(Transfer::refuse);
+    }
+
+    /// One of the sessions that come or go has some of its pages moved. No more than that between two passes: nobody's next token
+    /// waits for a whole session's pages.
+    fn transfer(&mut self) {
+        let next = self.desk.lock().transfers.pop_front();
+        if let Some(transfer) = next {
+            let span = &mut *self.span;
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| transfer.run(span))) {
+                tracing::error!(message = panic_message(&*panic), "moving a session's pages panicked");
+            }
+        }
     }
 
     /// Takes in new steps and gives out pages; waits while there is nothing to do. False once the engine is closed.
@@ -90,7 +106,7 @@ impl Batcher {
                 return false;
             }
             self.admit(&mut state);
-            if !self.ready.is_empty() {
+            if !self.ready.is_empty() || !state.transfers.is_empty() {
                 return true;
             }
             let now = Instant::now();

@@ -15,6 +15,7 @@ use super::{
     job::{Job, Owner, StepError},
     lanes::LaneTable,
     pages::{PAGE_TOKENS, PageId, PagePool},
+    snapshot::Transfer,
 };
 
 /// The KV cache of one session, for some blocks of the span: its lanes and the pages that they hold.
@@ -28,13 +29,15 @@ pub struct Cache {
     pub(super) owner: Owner,
     /// Of the session.
     pub(super) number: u64,
+    /// Pages of which the contents come from another engine; empty once they are there.
+    pub(super) incoming: Vec<PageId>,
     blocks: Range<usize>,
 }
 
 impl Cache {
     pub(super) fn new(desk: Arc<Desk>, blocks: Range<usize>) -> Self {
         let number = desk.sessions.fetch_add(1, Ordering::Relaxed);
-        Self { desk, table: LaneTable::default(), owner: Owner::default(), number, blocks }
+        Self { desk, table: LaneTable::default(), owner: Owner::default(), number, incoming: Vec::new(), blocks }
     }
 
     /// The same cache, of a session that belongs to `owner`.
@@ -183,6 +186,8 @@ const OWNERS_SHARE: usize = 2;
 pub(super) struct DeskState {
     /// Steps that the batcher hasn't seen yet.
     pub(super) arrivals: VecDeque<Pending>,
+    /// Pages to be read or written between passes; a session has no more than one such job at a time.
+    pub(super) transfers: VecDeque<Transfer>,
     pub(super) pages: PagePool,
     /// Steps that haven't begun; never more than the engine's limit, which bounds `arrivals`, too.
     pub(super) queued: usize,
@@ -262,6 +267,7 @@ impl Desk {
     pub(super) fn new(pages: u32) -> Self {
         let state = DeskState {
             arrivals: VecDeque::new(),
+            transfers: VecDeque::new(),
             pages: PagePool::new(pages),
             queued: 0,
             queued_by: BTreeMap::new(),

@@ -33,6 +33,17 @@ impl LaneRun {
     }
 }
 
+/// A lane of a session that moves to another engine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LaneLayout {
+    /// The lane, chosen by the client.
+    pub lane: u32,
+    /// Tokens that it holds.
+    pub tokens: usize,
+    /// Its pages in the order of positions, as places among all pages of the session: lanes may share some.
+    pub pages: Vec<u32>,
+}
+
 /// A page whose contents must be in another one before a step's rows are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct PageCopy {
@@ -214,6 +225,46 @@ impl LaneTable {
             superfluous.extend(self.replace(*to, lane));
         }
         superfluous
+    }
+
+    /// The lanes, as whoever is to rebuild them needs them, and the pages that they refer to, each once: with the number of
+    /// its tokens that some lane needs.
+    pub(super) fn layout(&self) -> (Vec<LaneLayout>, Vec<(PageId, usize)>) {
+        let mut places: BTreeMap<PageId, u32> = BTreeMap::new();
+        let mut pages: Vec<(PageId, usize)> = Vec::new();
+        let mut lanes = Vec::with_capacity(self.lanes.len());
+        for (&lane, Lane { pages: held, end }) in &self.lanes {
+            let mut own = Vec::with_capacity(held.len());
+            for (index, &page) in held.iter().enumerate() {
+                let place = *places.entry(page).or_insert_with(|| {
+                    pages.push((page, 0));
+                    pages.len() as u32 - 1
+                });
+                let tokens = end.saturating_sub(index * PAGE_TOKENS).min(PAGE_TOKENS);
+                let needed = &mut pages[place as usize].1;
+                *needed = tokens.max(*needed);
+                own.push(place);
+            }
+            lanes.push(LaneLayout { lane, tokens: *end, pages: own });
+        }
+        (lanes, pages)
+    }
+
+    /// Makes an empty table what [`LaneTable::layout`] described, out of fresh pages, of which each lane names some. Every page
+    /// is named at least once.
+    pub(super) fn rebuild(&mut self, layout: &[LaneLayout], pages: &[PageId], pool: &mut PagePool) {
+        for LaneLayout { lane, tokens, pages: own } in layout {
+            let own: Vec<PageId> = own.iter().map(|place| pages[*place as usize]).collect();
+            pool.share(&own);
+            self.replace(*lane, Lane { pages: own, end: *tokens });
+        }
+        // The lanes have references of their own now.
+        pool.give_back(pages.iter().copied());
+    }
+
+    /// What was rebuilt counts as computed.
+    pub(super) fn mark_run(&mut self) {
+        self.has_run = !self.lanes.is_empty();
     }
 
     /// Makes a lane one that holds whole pages, with a reference of its own to each. Returns those of what it held before.

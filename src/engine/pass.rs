@@ -14,6 +14,7 @@ use super::{
     planes::KvPlanes,
     rope::{Angles, Rope},
     scratch::Scratch,
+    snapshot::TransferError,
     threads,
 };
 use crate::model::{
@@ -91,6 +92,28 @@ pub(super) trait Pass: Send {
 
     /// Rows of the last pass.
     fn states(&self, place: Range<usize>) -> &[f32];
+
+    /// Appends what the first `tokens` of a page hold of a block; the others are zeros.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn read_page(&self, at: PagePlace, bytes: &mut Vec<u8>) -> Result<(), TransferError>;
+
+    /// Takes over what [`Pass::read_page`] of another engine gave.
+    ///
+    /// # Errors
+    /// The bytes can't be a page of this block, or the device failed.
+    fn write_page(&mut self, at: PagePlace, bytes: &[u8]) -> Result<(), TransferError>;
+}
+
+/// One block's part of a page.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct PagePlace {
+    /// Of the model.
+    pub(super) block: usize,
+    pub(super) page: PageId,
+    /// Tokens that count.
+    pub(super) tokens: usize,
 }
 
 impl Span {
@@ -211,6 +234,16 @@ impl Pass for Span {
 
     fn states(&self, place: Range<usize>) -> &[f32] {
         &self.states[place]
+    }
+
+    fn read_page(&self, at: PagePlace, bytes: &mut Vec<u8>) -> Result<(), TransferError> {
+        self.blocks[at.block - self.first].cache.page_bytes(at.page, at.tokens, bytes);
+        Ok(())
+    }
+
+    fn write_page(&mut self, at: PagePlace, bytes: &[u8]) -> Result<(), TransferError> {
+        let planes = &mut self.blocks[at.block - self.first].cache;
+        planes.set_page_bytes(at.page, bytes).map_err(|error| TransferError::BadPage(error.to_string()))
     }
 }
 

@@ -46,12 +46,13 @@ struct Plane<T> {
     start: usize,
 }
 
-/// Bytes that are no page of these planes.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a page of {found} bytes, and one of this block's has {expected}")]
-pub(super) struct WrongPage {
-    expected: usize,
-    found: usize,
+/// Bytes that can't be a page of these planes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(super) enum WrongPage {
+    #[error("a page of {found} bytes, and one of this block's has {expected}")]
+    Length { expected: usize, found: usize },
+    #[error("a page with a number that is not finite")]
+    NonFinite,
 }
 
 /// The same expression for planes of any format.
@@ -91,19 +92,17 @@ impl KvPlanes {
         each!(self, planes => planes.copy_page(from, to))
     }
 
-    /// What a page holds, for a node that computes alike: keys `[kv_heads, head_size, PAGE_TOKENS]`, values
-    /// `[kv_heads, PAGE_TOKENS, head_size]`, and of codes the scales of keys and of values, `[kv_heads, PAGE_TOKENS]` in f32;
-    /// all little-endian.
-    #[allow(dead_code, reason = "hand-over between nodes moves replayed hidden states so far")]
-    pub(super) fn page_bytes(&self, page: PageId) -> Vec<u8> {
-        each!(self, planes => planes.page_bytes(page))
+    /// Appends what the first `tokens` of a page hold, for a node that computes alike: keys `[kv_heads, head_size,
+    /// PAGE_TOKENS]`, values `[kv_heads, PAGE_TOKENS, head_size]`, and of codes the scales of keys and of values, `[kv_heads,
+    /// PAGE_TOKENS]` in f32; all little-endian. The other tokens are zeros: what lies there is some other session's.
+    pub(super) fn page_bytes(&self, page: PageId, tokens: usize, bytes: &mut Vec<u8>) {
+        each!(self, planes => planes.page_bytes(page, tokens, bytes))
     }
 
     /// Takes over what [`KvPlanes::page_bytes`] of another node gave.
     ///
     /// # Errors
-    /// They are not as many as a page of this block has; nothing was changed.
-    #[allow(dead_code, reason = "hand-over between nodes moves replayed hidden states so far")]
+    /// They are not as many as a page of this block has, or one of the numbers is a NaN or an infinity; nothing was changed.
     pub(super) fn set_page_bytes(&mut self, page: PageId, bytes: &[u8]) -> Result<(), WrongPage> {
         each!(self, planes => planes.set_page_bytes(page, bytes))
     }
@@ -198,27 +197,39 @@ impl<T: Stored> Planes<T> {
         }
     }
 
-    fn page_bytes(&self, page: PageId) -> Vec<u8> {
-        let numbers = self.kv_heads * self.tile();
-        let mut bytes = Vec::with_capacity(self.bytes_of_a_page());
-        for plane in [&self.keys, &self.values] {
-            plane.slice(page as usize * numbers, numbers).iter().for_each(|number| number.write(&mut bytes));
-        }
-        if T::SCALED {
-            let tokens = self.kv_heads * PAGE_TOKENS;
-            for scales in [&self.key_scales, &self.value_scales] {
-                scales[page as usize * tokens..][..tokens].iter().for_each(|scale| scale.write(&mut bytes));
+    fn page_bytes(&self, page: PageId, tokens: usize, bytes: &mut Vec<u8>) {
+        bytes.reserve(self.bytes_of_a_page());
+        let held = |token: usize, number: &T| if token < tokens { *number } else { T::default() };
+        for head in 0..self.kv_heads {
+            for row in self.keys(page, head).as_chunks::<PAGE_TOKENS>().0 {
+                row.iter().enumerate().for_each(|(token, key)| held(token, key).write(bytes));
             }
         }
-        bytes
+        for head in 0..self.kv_heads {
+            for (token, row) in self.values(page, head).chunks_exact(self.head_size).enumerate() {
+                row.iter().for_each(|value| held(token, value).write(bytes));
+            }
+        }
+        if T::SCALED {
+            for scales in [Self::key_scales, Self::value_scales] {
+                for head in 0..self.kv_heads {
+                    let scales = scales(self, page, head).iter().enumerate();
+                    scales.for_each(|(token, scale)| if token < tokens { *scale } else { 0.0 }.write(bytes));
+                }
+            }
+        }
     }
 
     fn set_page_bytes(&mut self, page: PageId, bytes: &[u8]) -> Result<(), WrongPage> {
         let expected = self.bytes_of_a_page();
         if bytes.len() != expected {
-            return Err(WrongPage { expected, found: bytes.len() });
+            return Err(WrongPage::Length { expected, found: bytes.len() });
         }
         let numbers = self.kv_heads * self.tile();
+        let (own, scales) = bytes.split_at(2 * numbers * size_of::<T>());
+        if !is_finite::<T>(own) || !is_finite::<f32>(scales) {
+            return Err(WrongPage::NonFinite);
+        }
         let mut rest = bytes;
         for plane in [&mut self.keys, &mut self.values] {
             let (own, others) = rest.split_at(numbers * size_of::<T>());
@@ -253,6 +264,10 @@ impl<T> Plane<T> {
     }
 }
 
+fn is_finite<T: Stored>(bytes: &[u8]) -> bool {
+    bytes.chunks_exact(size_of::<T>()).all(|bytes| T::read(bytes).widen().is_finite())
+}
+
 fn read<T: Stored>(bytes: &[u8], to: &mut [T]) {
     for (to, bytes) in to.iter_mut().zip(bytes.chunks_exact(size_of::<T>())) {
         *to = T::read(bytes);
@@ -275,6 +290,12 @@ mod tests {
             }
         }
         all
+    }
+
+    fn bytes_of(planes: &KvPlanes, page: PageId) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        planes.page_bytes(page, PAGE_TOKENS, &mut bytes);
+        bytes
     }
 
     #[test]
@@ -303,10 +324,10 @@ mod tests {
     fn a_copied_page_holds_the_same_and_its_neighbours_what_they_held() {
         for dtype in ALL {
             let mut all = filled(dtype);
-            let before = [0, 1, 2].map(|page| all.page_bytes(page));
+            let before = [0, 1, 2].map(|page| bytes_of(&all, page));
             assert!(before[0] != before[2]);
             all.copy_page(2, 0);
-            assert_eq!([0, 1, 2].map(|page| all.page_bytes(page)), [2, 1, 2].map(|page: usize| before[page].clone()));
+            assert_eq!([0, 1, 2].map(|page| bytes_of(&all, page)), [2, 1, 2].map(|page: usize| before[page].clone()));
         }
     }
 
@@ -314,16 +335,38 @@ mod tests {
     fn a_page_travels_as_bytes_and_another_length_is_refused() {
         for dtype in ALL {
             let (from, mut to) = (filled(dtype), KvPlanes::new(dtype, 2, 2, 3));
-            let bytes = from.page_bytes(2);
+            let bytes = bytes_of(&from, 2);
             assert_eq!(Some(bytes.len()), KvPlanes::size_in_bytes(dtype, 1, 2, 3));
             to.set_page_bytes(1, &bytes).unwrap();
-            assert_eq!(to.page_bytes(1), bytes);
-            assert!(to.page_bytes(0).iter().all(|byte| *byte == 0));
+            assert_eq!(bytes_of(&to, 1), bytes);
+            assert!(bytes_of(&to, 0).iter().all(|byte| *byte == 0));
             for wrong in [&bytes[1..], &[bytes.as_slice(), &[0]].concat(), &[]] {
                 let error = to.set_page_bytes(1, wrong).unwrap_err();
-                assert_eq!(error, WrongPage { expected: bytes.len(), found: wrong.len() });
+                assert_eq!(error, WrongPage::Length { expected: bytes.len(), found: wrong.len() });
             }
-            assert_eq!(to.page_bytes(1), bytes);
+            // The last four bytes are the last value's, or the last scale's; a key's are in front.
+            for at in [0, bytes.len() - 4] {
+                let mut wrong = bytes.clone();
+                wrong[at..at + 4].fill(0xFF);
+                let is_code = dtype == KvDtype::Q8 && at == 0;
+                assert_eq!(to.set_page_bytes(1, &wrong).is_err(), !is_code);
+            }
+            to.set_page_bytes(1, &bytes).unwrap();
+            assert_eq!(bytes_of(&to, 1), bytes);
+        }
+    }
+
+    #[test]
+    fn tokens_behind_a_lanes_end_do_not_travel() {
+        for dtype in ALL {
+            let (full, mut part) = (filled(dtype), KvPlanes::new(dtype, 3, 2, 3));
+            let mut bytes = Vec::new();
+            full.page_bytes(1, 5, &mut bytes);
+            for slot in 0..5 {
+                let tokens: [f32; 12] = std::array::from_fn(|i| (i * 7 + slot * 5 + 3) as f32 * 0.37);
+                each!(&mut part, planes => planes.store(1, slot, &tokens[..6], &tokens[6..]));
+            }
+            assert_eq!(bytes, bytes_of(&part, 1));
         }
     }
 

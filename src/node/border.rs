@@ -9,7 +9,7 @@ use crate::{
     engine::{HiddenStates, Keep, LaneRun},
     model::{Dtype, fingerprint::Fingerprint},
     swarm::{
-        announcement::Announcement,
+        announcement::{Announcement, unix_ms},
         lanes::BadLaneChanges,
         proto::{announcement, session as proto},
         ticket::{SessionLimits, Ticket},
@@ -101,6 +101,9 @@ impl Hosted {
                 return Err(Refusal::new(Code::TooLarge, format!("{asked} {what} asked for, and {most} is the most")));
             }
         }
+        if ticket.take_over_from == Some(self.peer) {
+            return Err(Refusal::new(Code::BadTicket, "the ticket says that this node takes over from itself"));
+        }
         if ticket.downstream == self.peer {
             return Err(Refusal::new(Code::BadTicket, "the ticket names this node as its own next hop"));
         }
@@ -131,6 +134,28 @@ impl Hosted {
                 format!("the next hop's announcement is missing, so {} can't be dialled", ticket.downstream),
             )),
         }
+    }
+}
+
+impl Hosted {
+    /// Reads whom a session of `blocks` is to be handed over to: a peer that serves them, of the same model.
+    ///
+    /// # Errors
+    /// The refusal to send back.
+    pub fn check_receiver(&self, order: &proto::HandOver, blocks: &std::ops::Range<usize>) -> Result<Announcement, Refusal> {
+        let bad = |message: String| Refusal::new(proto::Code::BadTicket, message);
+        let to = order.to.as_ref().ok_or_else(|| bad("no announcement says who is to take the session over".to_owned()))?;
+        let to = Announcement::from_signed(to, unix_ms())
+            .map_err(|error| bad(format!("the announcement of the peer that is to take the session over: {error}")))?;
+        let is_alike = to.dht_prefix == self.dht_prefix && Fingerprint(to.fingerprint) == self.fingerprint;
+        let has_blocks = to.span.start <= blocks.start && blocks.end <= to.span.end;
+        if to.peer_id == self.peer || !is_alike || !has_blocks {
+            return Err(bad(format!(
+                "{} serves {}:{} of {}, and blocks {}:{} of {} are to be handed over",
+                to.peer_id, to.span.start, to.span.end, to.dht_prefix, blocks.start, blocks.end, self.dht_prefix
+            )));
+        }
+        Ok(to)
     }
 }
 
@@ -273,6 +298,7 @@ mod tests {
             wire_dtype: Dtype::Bf16,
             wire_codec: WireCodec::Raw,
             limits: SessionLimits { max_lanes: 2, max_tokens: 10, max_in_flight: 2, max_step_tokens: 4 },
+            take_over_from: None,
             expires_unix_ms: 0,
         };
         (hosted, ticket)
@@ -284,7 +310,8 @@ mod tests {
         assert_eq!(hosted.check_ticket(&good, good.client, None), Ok(()));
         assert_eq!(hosted.check_ticket(&good, peer(), None).unwrap_err().code, proto::Code::NotAllowed);
         type Change = Box<dyn Fn(&mut Ticket)>;
-        let cases: [(proto::Code, Change); 7] = [
+        let cases: [(proto::Code, Change); 8] = [
+            (proto::Code::BadTicket, Box::new(|t| t.take_over_from = Some(t.hop))),
             (proto::Code::BadTicket, Box::new(|t| t.hop = t.client)),
             (proto::Code::WrongModel, Box::new(|t| t.dht_prefix = "other".to_owned())),
             (proto::Code::WrongModel, Box::new(|t| t.fingerprint = Fingerprint([2; 32]))),

@@ -192,6 +192,30 @@ impl<S, R: Clone> StepLog<S, R> {
         self.start_next()
     }
 
+    /// Another hop's state is on its way here; steps wait until [`StepLog::take_over`].
+    pub fn await_take_over(&mut self) {
+        self.filling = true;
+    }
+
+    /// The log stands where another hop's stood: after step `applied`, of which the client confirmed those up to `confirmed`, with
+    /// the replies to the last steps, in order. Returns the next step to run, if it is there.
+    pub fn take_over(&mut self, applied: u64, confirmed: u64, replies: Vec<R>) -> Option<S> {
+        let first = applied.saturating_add(1).saturating_sub(replies.len() as u64);
+        (self.applied, self.confirmed) = (applied, confirmed);
+        self.kept = (first..).zip(replies).collect();
+        self.filled()
+    }
+
+    /// The replies that are kept, in order: to the last steps.
+    pub fn kept(&self) -> impl Iterator<Item = &R> {
+        self.kept.values()
+    }
+
+    /// Up to which step the client has the answers.
+    pub fn confirmed(&self) -> u64 {
+        self.confirmed
+    }
+
     /// The replies to all steps after `number`, in order; `None` where one of them is not kept any more.
     pub fn replies_after(&self, number: u64) -> Option<Vec<R>> {
         let kept: Vec<R> = self.kept.range(number.saturating_add(1)..).map(|(_, reply)| reply.clone()).collect();
@@ -328,6 +352,26 @@ mod tests {
         assert_eq!(log.replies_after(40), Some(vec![410]));
         assert_eq!(log.replies_after(41), Some(vec![]));
         assert_eq!(log.replies_after(39), None, "those before the replay are elsewhere");
+    }
+
+    #[test]
+    fn a_log_that_takes_over_stands_where_the_other_one_stood() {
+        let (mut left, mut log) = (Log::new(1, 3), Log::new(2, 3));
+        for number in 1..=5 {
+            run(&mut left, number);
+            left.applied(number * 10);
+        }
+        left.confirm(3);
+        log.await_take_over();
+        assert_eq!(log.arrive(2, 6, 6), Arrival::Held);
+        assert!(!log.fill(9), "a replay has no place here");
+        let kept = left.kept().copied().collect();
+        assert_eq!(log.take_over(left.last_applied(), left.confirmed(), kept), Some(6));
+        assert_eq!((log.last_applied(), log.replies_after(3)), (5, Some(vec![40, 50])));
+        assert!(log.keeps_unconfirmed());
+        assert_eq!(log.arrive(2, 5, 5), Arrival::Again(50));
+        assert_eq!(log.arrive(2, 3, 3), Arrival::Ignored(Ignored::Confirmed));
+        assert_eq!(log.applied(60), None);
     }
 
     #[test]

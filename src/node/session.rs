@@ -5,8 +5,10 @@
 //! steps of a session can't run at once. Results come on the engine's thread and are sent on from there: a step crosses no
 //! other task on its way through a hop.
 
+mod handover;
 mod lanes;
 mod replay;
+mod takeover;
 
 use std::{
     sync::{
@@ -18,9 +20,10 @@ use std::{
 
 use bytes::Bytes;
 use libp2p::PeerId;
+use tokio::sync::Notify;
 
 pub(crate) use self::replay::Counts;
-use self::replay::Replaying;
+use self::{handover::Handing, replay::Replaying, takeover::Taking};
 use super::{
     border::{self, Refusal},
     held::{HeldBytes, HeldPermit},
@@ -67,6 +70,8 @@ pub(crate) struct HopSession {
     history_bytes: HeldBytes,
     counts: Arc<Counts>,
     cancelled: Arc<AtomicBool>,
+    /// Something changed that a hand-over may be waiting for.
+    changed: Notify,
     inner: Mutex<Inner>,
 }
 
@@ -87,6 +92,10 @@ struct Inner {
     ticket: Ticket,
     log: StepLog<Pending, Reply>,
     replaying: Replaying,
+    /// The client wants another peer to go on with the session.
+    handing: Option<Handing>,
+    /// The state of another hop's session is on its way here.
+    taking: Option<Taking>,
     /// The route has changed, and the client has not said yet what the next hop has: outputs are kept, and stay here.
     is_paused: bool,
     /// The epoch in which the client said it.
@@ -136,6 +145,11 @@ pub(crate) enum NotTaken {
 impl HopSession {
     pub(crate) fn new(ticket: Ticket, links: Links, means: Means, now: Instant) -> Result<Self, StepError> {
         let cache = means.engine.cache(ticket.blocks.clone())?.owned_by(Owner::of(&ticket.client));
+        let mut log = StepLog::new(ticket.epoch, ticket.limits.max_in_flight);
+        let taking = ticket.take_over_from.map(Taking::new);
+        if taking.is_some() {
+            log.await_take_over();
+        }
         Ok(Self {
             id: ticket.session,
             client: ticket.client,
@@ -145,10 +159,14 @@ impl HopSession {
             history_bytes: means.history_bytes,
             counts: means.counts,
             cancelled: Arc::default(),
+            changed: Notify::new(),
             inner: Mutex::new(Inner {
-                log: StepLog::new(ticket.epoch, ticket.limits.max_in_flight),
+                log,
                 replaying: Replaying::default(),
-                is_paused: false,
+                handing: None,
+                // What was sent on before is sent again where the client says so.
+                is_paused: taking.is_some(),
+                taking,
                 resumed_at: None,
                 ticket,
                 cache: Some(cache),
@@ -187,6 +205,8 @@ impl HopSession {
             inner.log.reopen(ticket.epoch);
             inner.replaying.reroute();
             inner.is_paused = true;
+            inner.handing = None;
+            self.changed.notify_waiters();
         }
         inner.ticket = ticket;
         inner.control = links.control;
@@ -326,6 +346,7 @@ impl HopSession {
         let settled = reply.step.confirmed.max(reply.step.number.saturating_sub(credit));
         inner.replaying.history.confirm(settled);
         let next = inner.log.applied(reply.clone());
+        self.changed.notify_waiters();
         self.deliver(&mut inner, reply);
         if let Some(next) = next {
             self.run(inner, next);
@@ -336,6 +357,7 @@ impl HopSession {
     fn step_failed(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>, report: Report) {
         let of_old_route = inner.log.is_of_old_route();
         let next = inner.log.failed();
+        self.changed.notify_waiters();
         if !of_old_route {
             self.fault(&inner, report);
         }
@@ -378,6 +400,9 @@ impl HopSession {
         if inner.control.id() == link.id() {
             inner.control_lost = Some(now);
         }
+        let message = "the connection was lost".to_owned();
+        let lost = proto::Fault { code: proto::Code::NextHopLost.into(), message, ..proto::Fault::default() };
+        self.handing_refused(&mut inner, link, (None, &lost));
         if inner.downstream.as_ref().is_some_and(|downstream| downstream.id() == link.id()) {
             let message = "the connection to the next hop was lost".to_owned();
             self.downstream_lost(&mut inner, proto::Code::NextHopLost, link.peer(), message);
@@ -393,20 +418,26 @@ impl HopSession {
 
     /// What the session has, for a client that repairs its route.
     pub(crate) fn opened(&self) -> proto::Opened {
-        let inner = self.lock();
+        self.what_it_has(&self.lock())
+    }
+
+    fn what_it_has(&self, inner: &Inner) -> proto::Opened {
         let load = self.engine.load_now();
         proto::Opened {
             cache_tokens_left: load.cache_tokens_left as u64,
             queue: load.queue as u32,
             applied: inner.log.last_applied(),
             whole: inner.replaying.history.is_whole() && inner.log.keeps_unconfirmed(),
-            filling: inner.replaying.is_filling(),
+            filling: inner.replaying.is_filling() || inner.taking.is_some(),
         }
     }
 
     /// The next hop answered with an error of its own (it doesn't know the client): passes it to the client.
     pub(crate) fn downstream_fault(&self, link: &Link, epoch: u64, fault: &proto::Fault) {
         let mut inner = self.lock();
+        if self.handing_refused(&mut inner, link, (Some(epoch), fault)) {
+            return;
+        }
         let is_next = inner.downstream.as_ref().is_some_and(|downstream| downstream.id() == link.id());
         if !is_next || epoch != inner.log.epoch() {
             return;
@@ -421,7 +452,8 @@ impl HopSession {
         if inner.control_lost.is_some_and(|lost| now.duration_since(lost) > grace) {
             return Some("its client is gone");
         }
-        (!inner.log.is_running() && now.duration_since(inner.last_used) > idle).then_some("it was idle for too long")
+        let is_busy = inner.log.is_running() && inner.taking.is_none();
+        (!is_busy && now.duration_since(inner.last_used) > idle).then_some("it was idle for too long")
     }
 
     /// Ends the session: a step under way is thrown away.
@@ -430,6 +462,8 @@ impl HopSession {
         let mut inner = self.lock();
         inner.cache = None;
         inner.replaying = Replaying::default();
+        (inner.handing, inner.taking) = (None, None);
+        self.changed.notify_waiters();
     }
 
     /// Tells the client why the session ends here.

@@ -333,6 +333,34 @@ impl Sessions {
             Some(session) => session.replay(link, header.epoch, (replay, payload)),
             None => Err(NotTaken::NotUpstream),
         };
+        self.answer_part(link, header, taken);
+    }
+
+    /// The client wants another peer to go on with a session.
+    fn hand_over(self: &Arc<Self>, link: &Link, header: &proto::Frame, order: proto::HandOver) {
+        let session = self.session_of(link, header).filter(|session| session.begin_handing(link, header.epoch, &order));
+        let Some(session) = session else { return self.refuse(link, header, Refusal::unknown_session(), 0) };
+        let sessions = self.clone();
+        tokio::spawn(async move {
+            let Some(host) = sessions.host.get() else { return };
+            let to = match host.hosted.check_receiver(&order, &session.blocks()) {
+                Ok(to) => connect_next(host, &to).await,
+                Err(refusal) => Err(refusal),
+            };
+            session.hand_over(to).await;
+        });
+    }
+
+    fn take_over(&self, link: &Link, header: &proto::Frame, part: proto::TakeOver, payload: Bytes) {
+        let taken = match self.session_of(link, header) {
+            Some(session) => session.take_over(link, header.epoch, (part, payload)),
+            None => Err(NotTaken::NotUpstream),
+        };
+        self.answer_part(link, header, taken);
+    }
+
+    /// Refuses a part of a replay or of a hand-over that was not taken.
+    fn answer_part(&self, link: &Link, header: &proto::Frame, taken: Result<(), NotTaken>) {
         match taken {
             Ok(()) => {}
             Err(NotTaken::NotUpstream) => self.refuse(link, header, Refusal::unknown_session(), 0),
@@ -520,6 +548,8 @@ impl Sessions {
             tokens_replayed: self.counts.tokens_replayed.load(Ordering::Relaxed),
             bytes_replayed: self.counts.bytes_replayed.load(Ordering::Relaxed),
             history_bytes: self.history_bytes.held() as u64,
+            tokens_taken_over: self.counts.tokens_taken_over.load(Ordering::Relaxed),
+            bytes_taken_over: self.counts.bytes_taken_over.load(Ordering::Relaxed),
         }
     }
 }
@@ -584,6 +614,13 @@ impl Service for NodeService {
                 }
             }
             Some(Body::Replay(replay)) => sessions.replay(link, &header, replay, payload),
+            Some(Body::HandOver(order)) => sessions.hand_over(link, &header, order),
+            Some(Body::TakeOver(part)) => sessions.take_over(link, &header, part, payload),
+            Some(Body::TakenOver(taken)) => {
+                if let Some(session) = sessions.session_of(link, &header) {
+                    session.part_taken(link, header.epoch, &taken);
+                }
+            }
             Some(Body::Replayed(replayed)) => {
                 if let Some(session) = sessions.session_of(link, &header) {
                     session.replayed(link, header.epoch, &replayed);
@@ -594,7 +631,7 @@ impl Service for NodeService {
                     session.downstream_fault(link, header.epoch, &fault);
                 }
             }
-            Some(Body::Opened(_) | Body::Output(_) | Body::Pong(_)) | None => {
+            Some(Body::Opened(_) | Body::Output(_) | Body::Pong(_) | Body::NotHandedOver(_)) | None => {
                 tracing::debug!(peer = %link.peer(), "ignored a frame that a node has no use for");
             }
         }

@@ -115,6 +115,16 @@ impl<T: Rows> History<T> {
         self.lanes.get(&lane).map_or(0, |lane| lane.now.end())
     }
 
+    /// The rows of every step, lane by lane, in the order of positions: given to [`History::keep`] they make the same history.
+    pub fn segments(&self) -> impl Iterator<Item = (Place, &T)> {
+        self.lanes.iter().flat_map(|(&lane, lives)| {
+            lives.now.from(0).map(move |segment| {
+                let Segment { step, position, length_class, ref rows } = *segment;
+                (Place { step, lane, position, length_class }, rows)
+            })
+        })
+    }
+
     /// Forgets everything, for good.
     pub fn forget(&mut self) {
         self.lanes.clear();

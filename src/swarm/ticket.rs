@@ -98,6 +98,8 @@ pub struct Ticket {
     pub wire_codec: WireCodec,
     /// What the session may use.
     pub limits: SessionLimits,
+    /// The only peer that may hand its session over to the hop, where the hop takes the place of one that leaves.
+    pub take_over_from: Option<PeerId>,
     /// When it may no longer be used to open, Unix milliseconds.
     pub expires_unix_ms: u64,
 }
@@ -148,6 +150,7 @@ impl Ticket {
             max_in_flight: self.limits.max_in_flight,
             max_step_tokens: self.limits.max_step_tokens,
             expires_unix_ms: self.expires_unix_ms,
+            take_over_from: self.take_over_from.map(|peer| peer.to_bytes().into()).unwrap_or_default(),
         }
         .encode_to_vec();
         let signature = key.sign(&[DOMAIN, &ticket].concat())?;
@@ -222,6 +225,9 @@ impl Ticket {
                 max_in_flight: wire.max_in_flight,
                 max_step_tokens: wire.max_step_tokens,
             },
+            take_over_from: (!wire.take_over_from.is_empty())
+                .then(|| peer("take_over_from", &wire.take_over_from))
+                .transpose()?,
             expires_unix_ms: wire.expires_unix_ms,
             dht_prefix: wire.dht_prefix,
         })
@@ -247,6 +253,7 @@ mod tests {
             wire_dtype: Dtype::Bf16,
             wire_codec: WireCodec::Q8,
             limits: SessionLimits { max_lanes: 1, max_tokens: 100, max_in_flight: 4, max_step_tokens: 64 },
+            take_over_from: Some(peer()),
             expires_unix_ms: 1_000_000_000,
         }
     }
@@ -291,6 +298,7 @@ mod tests {
             (Box::new(|t| t.wire_dtype = 99), "wire dtype"),
             (Box::new(|t| t.wire_codec = 99), "wire codec"),
             (Box::new(|t| t.upstream = vec![0; 3].into()), "upstream"),
+            (Box::new(|t| t.take_over_from = vec![0; 3].into()), "take_over_from"),
         ] {
             let mut open = ticket(&key).sign(&key).unwrap();
             let mut wire = proto::Ticket::decode(open.ticket.clone()).unwrap();

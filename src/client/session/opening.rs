@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::future;
 use libp2p::PeerId;
 
-use super::{Moves, Repairs, Route, RouteHop, Session, SessionError, shows_life};
+use super::{Handing, Moves, Repairs, Route, RouteHop, Session, SessionError, shows_life};
 use crate::{
     client::Client,
     swarm::{
@@ -27,6 +27,9 @@ const OPENING_OF_THE_LIVING: Duration = Duration::from_secs(12);
 
 /// How long a ticket may be used to open a session.
 const TICKET_LIFETIME: Duration = Duration::from_secs(3600);
+
+/// What hops have of a session, as they said when it was opened.
+pub(super) type Openings = HashMap<PeerId, proto::Opened>;
 
 /// A hop and the link to it.
 pub(super) struct HopLink {
@@ -83,6 +86,7 @@ impl Session {
             history: History::default(),
             repairs: Repairs::new(route.is_uniform() && route.wire_codec.is_lossless()),
             moves: Moves::new(Instant::now()),
+            handing: Handing::default(),
             telling: None,
             broken: None,
         };
@@ -113,6 +117,7 @@ impl Session {
                 wire_dtype: self.wire_dtype,
                 wire_codec: self.wire_codec,
                 limits: self.limits,
+                take_over_from: self.handing.taken_over_by(hop.peer),
                 expires_unix_ms,
             };
             let mut open = ticket
@@ -130,7 +135,7 @@ impl Session {
         &mut self,
         hops: &[usize],
         within: Duration,
-    ) -> Result<HashMap<PeerId, proto::Opened>, SessionError> {
+    ) -> Result<Openings, SessionError> {
         let asked = Instant::now();
         for hop in hops {
             self.send_to(&self.hops[*hop], proto::frame::Body::Ping(proto::Ping { nonce: 0 }), Bytes::new())?;
@@ -151,7 +156,7 @@ impl Session {
                 let why = format!("it did not open the session within {:.0} s", asked.elapsed().as_secs_f64());
                 return Err(self.silent(dead.copied().unwrap_or(first).peer, why));
             };
-            if let Some((from, proto::frame::Body::Opened(answer), _)) = self.sift(event)? {
+            if let Some((from, proto::frame::Body::Opened(answer), _)) = self.sift_in_turn(event)? {
                 opened.insert(from, answer);
             }
         }

@@ -18,6 +18,7 @@ use rand::RngExt;
 
 use super::{
     HopLink, Input, Route, RouteHop, Session, SessionError,
+    opening::Openings,
     plan::{HopState, Plan, plan},
 };
 use crate::{
@@ -184,10 +185,24 @@ impl Session {
                 }
                 Err(Failed::LookUp(error)) => (error.to_string(), None),
                 Err(Failed::Nobody(_)) if is_looked_up && cause.is_of_a_leaving_hop() => {
-                    // It serves on for as long as it can wait; nothing was changed yet.
+                    // It serves on for as long as it can wait.
                     tracing::info!("a hop is leaving, and no other peer has its blocks: {cause}");
-                    cause.peer_to_avoid().map(|peer| self.repairs.lost.remove(&peer));
-                    return Ok(());
+                    if let Some(peer) = cause.peer_to_avoid() {
+                        self.repairs.lost.remove(&peer);
+                        self.handing.try_later(peer);
+                    }
+                    if !self.handing.is_adrift() {
+                        return Ok(()); // nothing was changed yet
+                    }
+                    match self.take_route(self.route().hops, None).await {
+                        Ok(()) => return Ok(()),
+                        Err(error) if error.is_repairable() => {
+                            let why = error.to_string();
+                            cause = error;
+                            (why, None)
+                        }
+                        Err(error) => return Err(error),
+                    }
                 }
                 Err(Failed::Nobody(incomplete)) => (incomplete.to_string(), Some(incomplete)),
             };
@@ -224,6 +239,11 @@ impl Session {
             self.client.failed(peer);
             self.repairs.lost.insert(peer);
         }
+        if let (true, Some(peer)) = (cause.is_of_a_leaving_hop(), cause.peer_to_avoid())
+            && self.hand_over(peer, look).await?
+        {
+            return Ok(());
+        }
         self.reconnect().await;
         let old: Vec<RouteHop> = self.route().hops;
         let hops = self.replacements(cause, look).await?;
@@ -244,15 +264,26 @@ impl Session {
 
         self.close_what_is_left(&hops);
         self.hops = links;
-        self.epoch += 1;
-        self.moves.rest(Instant::now());
-        self.unopened = self.hops.iter().map(|hop| hop.peer).collect();
+        self.next_epoch();
         if let Some(old) = lost {
             self.note(old);
         }
         let all: Vec<usize> = (0..self.hops.len()).collect();
         self.show_tickets(&all)?;
         let opened = self.wait_until_open(&all, within).await?;
+        self.settle(opened, within).await
+    }
+
+    /// The route changes, in a new epoch.
+    pub(super) fn next_epoch(&mut self) {
+        self.epoch += 1;
+        self.moves.rest(Instant::now());
+        self.unopened = self.hops.iter().map(|hop| hop.peer).collect();
+    }
+
+    /// Has the hops of a new route told what they lack, and go on, by what they have `opened` with.
+    pub(super) async fn settle(&mut self, opened: Openings, within: Duration) -> Result<(), SessionError> {
+        let all = 0..self.hops.len();
         let states: Vec<HopState> = self
             .hops
             .iter()
@@ -276,7 +307,19 @@ impl Session {
         self.show_tickets(&again)?;
         self.wait_until_open(&again, within).await?;
         self.resume(&plan)?;
+        self.handing.settled();
         Ok(())
+    }
+
+    /// A peer is not to be used any more until the next answer.
+    pub(super) fn give_up_on(&mut self, peer: PeerId) {
+        self.client.failed(peer);
+        self.repairs.lost.insert(peer);
+    }
+
+    /// Whether a peer is not to be used any more.
+    pub(super) fn is_given_up(&self, peer: PeerId) -> bool {
+        self.repairs.lost.contains(&peer)
     }
 
     /// Connects again to hops whose connection was lost; those that don't answer are lost.
@@ -373,7 +416,7 @@ impl Session {
     }
 
     /// Notes who took whose place.
-    fn note(&mut self, old: &[RouteHop]) {
+    pub(super) fn note(&mut self, old: &[RouteHop]) {
         let new = self.route();
         let together = Route { hops: old.iter().chain(&new.hops).cloned().collect(), ..new.clone() };
         self.repairs.is_exact &= together.is_uniform();

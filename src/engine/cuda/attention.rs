@@ -15,8 +15,15 @@ use super::{
     upload::Upload,
 };
 use crate::{
-    engine::{alibi::Alibi, lanes::PageCopy, load::LoadError, pages::PAGE_TOKENS},
-    model::spec::AttentionSpec,
+    engine::{
+        alibi::Alibi,
+        hidden,
+        lanes::PageCopy,
+        load::LoadError,
+        pages::{PAGE_TOKENS, PageId},
+        pass::PagePlace,
+    },
+    model::{Dtype, spec::AttentionSpec},
 };
 
 /// A block's attention and its part of the KV cache.
@@ -135,6 +142,28 @@ impl Attention {
             for plane in [&self.keys, &self.values] {
                 plane.slice_set(&plane.narrow(0, *from as usize, 1)?.force_contiguous()?, 0, *to as usize)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Appends the keys and the values of a page's first `tokens`, `[PAGE_TOKENS, kv_heads, head_size]` each in the planes'
+    /// `dtype`; the others are zeros.
+    pub(super) fn read_page(&self, at: PagePlace, dtype: Dtype, bytes: &mut Vec<u8>) -> TensorResult<()> {
+        for plane in [&self.keys, &self.values] {
+            let page = plane.narrow(0, at.page as usize, 1)?.to_dtype(DType::F32)?;
+            let mut numbers = page.flatten_all()?.to_vec1::<f32>()?;
+            numbers[at.tokens.min(PAGE_TOKENS) * self.kv_width()..].fill(0.0);
+            hidden::encode(dtype, &numbers, bytes);
+        }
+        Ok(())
+    }
+
+    /// Takes over what was read from a page: keys and values, `[2, PAGE_TOKENS · kv_heads · head_size]`.
+    pub(super) fn write_page(&self, page: PageId, numbers: &[f32]) -> TensorResult<()> {
+        let (keys, values) = numbers.split_at(numbers.len() / 2);
+        for (plane, numbers) in [(&self.keys, keys), (&self.values, values)] {
+            let page_of = Tensor::from_slice(numbers, (1, numbers.len()), plane.device())?.to_dtype(plane.dtype())?;
+            plane.slice_set(&page_of, 0, page as usize)?;
         }
         Ok(())
     }

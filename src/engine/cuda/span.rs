@@ -10,6 +10,7 @@ use std::{
     ops::Range,
 };
 
+use bytes::Bytes;
 use candle_core::{Device, Result as TensorResult, Tensor};
 
 use super::{
@@ -20,9 +21,12 @@ use super::{
 };
 use crate::{
     engine::{
+        HiddenStates,
         load::{LoadError, Source},
-        pass::{NonFinite, Outcome, Pass, Segment},
+        pages::PAGE_TOKENS,
+        pass::{NonFinite, Outcome, PagePlace, Pass, Segment},
         rope::{Angles, Rope},
+        snapshot::TransferError,
     },
     model::{
         Dtype,
@@ -36,6 +40,8 @@ const MAX_INTERMEDIATE: usize = 1 << 26;
 /// The loaded blocks of a span with their part of the KV cache.
 pub(in crate::engine) struct DeviceSpan {
     device: Device,
+    /// Of the KV cache.
+    dtype: Dtype,
     first: usize,
     hidden: usize,
     blocks: Vec<LoadedBlock>,
@@ -69,6 +75,7 @@ impl DeviceSpan {
         let mut rope_specs: Vec<(&RopeSpec, usize)> = Vec::new();
         let mut shapes: Vec<Shape> = Vec::new();
         let mut blocks = Vec::with_capacity(span.len());
+        let dtype = source.dtype();
         let mut upload = Upload::new(source, &device);
         progress(0, span.len());
         for (done, block) in spec.blocks[span.clone()].iter().enumerate() {
@@ -93,7 +100,7 @@ impl DeviceSpan {
         device.synchronize()?;
         let ropes = rope_specs.into_iter().map(|(spec, head_size)| Rope::new(spec, head_size)).collect();
         let (first, hidden) = (span.start, spec.hidden_size);
-        Ok(Self { device, first, hidden, blocks, ropes, shapes, states: Vec::new() })
+        Ok(Self { device, dtype, first, hidden, blocks, ropes, shapes, states: Vec::new() })
     }
 
     /// Puts all segments' way through their blocks in the device's queue.
@@ -218,6 +225,22 @@ impl Pass for DeviceSpan {
 
     fn states(&self, place: Range<usize>) -> &[f32] {
         &self.states[place]
+    }
+
+    fn read_page(&self, at: PagePlace, bytes: &mut Vec<u8>) -> Result<(), TransferError> {
+        let attention = &self.blocks[at.block - self.first].block.attention;
+        attention.read_page(at, self.dtype, bytes).map_err(|error| TransferError::Device(error.to_string()))
+    }
+
+    fn write_page(&mut self, at: PagePlace, bytes: &[u8]) -> Result<(), TransferError> {
+        let attention = &self.blocks[at.block - self.first].block.attention;
+        let width = PAGE_TOKENS * attention.kv_width();
+        let numbers = HiddenStates::new(self.dtype, 2, width, Bytes::copy_from_slice(bytes));
+        let numbers = numbers.map_err(|error| TransferError::BadPage(error.to_string()))?;
+        if numbers.first_non_finite().is_some() {
+            return Err(TransferError::BadPage("a page with a number that is not finite".to_owned()));
+        }
+        attention.write_page(at.page, &numbers.to_f32()).map_err(|error| TransferError::Device(error.to_string()))
     }
 }
 

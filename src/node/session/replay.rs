@@ -34,6 +34,16 @@ pub(super) struct Kept {
     _permit: Arc<HeldPermit>,
 }
 
+impl Kept {
+    pub(super) fn new(states: HiddenStates, permit: Arc<HeldPermit>) -> Self {
+        Self { states, _permit: permit }
+    }
+
+    pub(super) fn states(&self) -> &HiddenStates {
+        &self.states
+    }
+}
+
 impl Rows for Kept {
     fn count(&self) -> usize {
         self.states.rows
@@ -107,7 +117,7 @@ impl HopSession {
             let (position, count) = (run.position as usize, run.tokens as usize);
             let length = if step.rope_length > 0 { step.rope_length as usize } else { position + count };
             let length_class = self.engine.spec().length_class(length);
-            let rows = Kept { states: output.slice(row..row + count), _permit: permit.clone() };
+            let rows = Kept::new(output.slice(row..row + count), permit.clone());
             history.keep(Place { step: number, lane: run.lane, position, length_class }, rows);
             row += count;
         }
@@ -381,6 +391,10 @@ pub(crate) struct Counts {
     pub(crate) tokens_replayed: std::sync::atomic::AtomicU64,
     /// Sent to hops that took a lost one's place.
     pub(crate) bytes_replayed: std::sync::atomic::AtomicU64,
+    /// Tokens of sessions that hops which left handed over.
+    pub(crate) tokens_taken_over: std::sync::atomic::AtomicU64,
+    /// Of these sessions.
+    pub(crate) bytes_taken_over: std::sync::atomic::AtomicU64,
 }
 
 impl Reply {

@@ -48,6 +48,7 @@ pub(super) fn ticket(client: &Client, own: PeerId, hop: PeerId, blocks: Range<us
         wire_dtype: Dtype::F32,
         wire_codec: WireCodec::Raw,
         limits: limits(40),
+        take_over_from: None,
         expires_unix_ms: u64::MAX / 2,
     }
 }

@@ -103,6 +103,7 @@ fn session_open_and_ticket() {
         max_step_tokens: 13,
         expires_unix_ms: 14,
         wire_codec: wire::WireCodec::Q8 as i32,
+        take_over_from: Bytes::new(),
     };
     pinned(
         &ticket,
