@@ -1,6 +1,6 @@
 //! `helion client chat`: talk to a chat model.
 
-use std::{io::IsTerminal, path::PathBuf};
+use std::{io::IsTerminal, path::PathBuf, pin::pin};
 
 use clap::Args;
 use rustyline::{DefaultEditor, error::ReadlineError};
@@ -14,7 +14,7 @@ use super::{
 use crate::{
     client::{
         Client, ClientError,
-        generation::{Generation, GenerationOptions},
+        generation::{Conversation, Generation, GenerationOptions},
         local_model::LocalModel,
     },
     config,
@@ -69,7 +69,7 @@ pub(super) async fn converse(
     let mut conversation = None;
     let mut lines = TypedLines::new()?;
     say(format_args!("chatting with {}; {COMMANDS}", client.model().name()));
-    while let Some(line) = lines.next(signals).await? {
+    while let Some(line) = next_line(&mut lines, signals, &mut conversation).await? {
         match line.as_str() {
             "/quit" | "/exit" => break,
             "/reset" => {
@@ -92,6 +92,32 @@ pub(super) async fn converse(
         }
     }
     Ok(())
+}
+
+/// The next line. Where a hop leaves meanwhile, the conversation goes over to another one.
+async fn next_line(
+    lines: &mut TypedLines,
+    signals: &mut Signals,
+    conversation: &mut Option<Conversation>,
+) -> anyhow::Result<Option<String>> {
+    let mut typing = pin!(lines.next(signals));
+    let Some(conversation) = conversation else { return typing.await };
+    loop {
+        tokio::select! {
+            line = &mut typing => return line,
+            () = conversation.wants_attention() => {}
+        }
+        let mut attending = pin!(conversation.attend());
+        tokio::select! {
+            line = &mut typing => {
+                if line.is_ok() {
+                    attending.await;
+                }
+                return line;
+            }
+            () = &mut attending => {}
+        }
+    }
 }
 
 /// Streams one answer. `None` where there is none: it failed, or was stopped before its end.

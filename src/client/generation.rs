@@ -82,6 +82,9 @@ pub struct RecoveryEntry {
     pub replacement: Vec<RouteEntry>,
     /// From noticing the loss to the next answer.
     pub ms: f64,
+    /// It left on purpose and handed over what it had: nothing was computed again. Only where that is so.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub handed_over: bool,
 }
 
 /// How many tokens.
@@ -169,6 +172,17 @@ impl Conversation {
     fn shared(&self, prompt_ids: &[u32]) -> usize {
         let same = self.ids.iter().zip(prompt_ids).take_while(|(held, wanted)| held == wanted).count();
         same.min(prompt_ids.len().saturating_sub(1))
+    }
+
+    /// Waits, in a pause between two turns, until one of the hops leaves: then [`Conversation::attend`] should be called. It may be
+    /// dropped at any time.
+    pub async fn wants_attention(&mut self) {
+        self.session.wants_attention().await;
+    }
+
+    /// Has a hop that leaves hand over what it holds of the conversation. Not to be dropped before its end.
+    pub async fn attend(&mut self) {
+        self.session.attend().await;
     }
 }
 
@@ -504,12 +518,13 @@ fn tell_recoveries(session: &mut Session, on_event: &mut (dyn FnMut(GenerationEv
         span: [blocks.start, blocks.end],
     };
     let recoveries = session.take_recoveries();
-    for Recovery { hop, lost, replacement, took, route } in &recoveries {
+    for Recovery { hop, lost, replacement, took, route, handed_over } in &recoveries {
         let recovery = RecoveryEntry {
             hop: *hop,
             lost: lost.to_string(),
             replacement: replacement.iter().map(entry).collect(),
             ms: millis(*took),
+            handed_over: *handed_over,
         };
         on_event(GenerationEvent::Recovery { recovery, route: route.iter().map(entry).collect() });
     }

@@ -260,7 +260,7 @@ impl Transfer {
 }
 
 #[cfg(test)]
-mod tests {
+pub(in crate::engine) mod tests {
     use std::{path::Path, sync::mpsc, time::Duration};
 
     use proptest::prelude::*;
@@ -326,7 +326,7 @@ mod tests {
     }
 
     /// The same session in another engine.
-    fn moved(from: &Engine, cache: &Cache, to: &Engine, part_bytes: usize) -> Cache {
+    pub(in crate::engine) fn moved(from: &Engine, cache: &Cache, to: &Engine, part_bytes: usize) -> Cache {
         let snapshot = Arc::new(cache.snapshot());
         let mut copy = to.cache(cache.blocks()).unwrap();
         copy.rebuild(snapshot.lanes(), snapshot.pages()).unwrap();

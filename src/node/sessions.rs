@@ -81,6 +81,9 @@ pub(crate) struct Host {
     pub(crate) hosted: Hosted,
 }
 
+/// Why a node takes no new sessions, and wants to be rid of those it has.
+const ASKED_TO_STOP: &str = "the node was asked to stop";
+
 /// One client may hold this part of what the node may.
 const CLIENTS_SHARE: usize = 2;
 
@@ -167,7 +170,7 @@ impl Sessions {
     pub fn leave(&self) {
         self.leaving.store(true, Ordering::Relaxed);
         for session in self.all() {
-            session.tell_leaving(proto::Code::Leaving, "the node was asked to stop");
+            session.tell_leaving(proto::Code::Leaving, ASKED_TO_STOP);
         }
     }
 
@@ -403,7 +406,7 @@ impl Sessions {
             Ticket::verify(open, unix_ms()).map_err(|error| Refusal::new(Code::BadTicket, error.to_string()))?;
         // Those that it has go on until they are elsewhere.
         if self.leaving.load(Ordering::Relaxed) && self.get(ticket.session).is_none() {
-            return Err(Refusal::new(Code::Leaving, "this node was asked to stop"));
+            return Err(Refusal::new(Code::Leaving, ASKED_TO_STOP));
         }
         if Some(ticket.session) != SessionId::from_wire(&header.session) || ticket.epoch != header.epoch {
             return Err(Refusal::new(Code::BadTicket, "the ticket is for another session or epoch than its frame"));
@@ -495,7 +498,7 @@ impl Sessions {
         let id = ticket.session;
         let links = Links { control: link.clone(), downstream };
         let (watched, now) = (links.downstream.clone(), Instant::now());
-        let (session, early) = {
+        let (session, is_new, early) = {
             let mut sessions = self.lock();
             let Some(slot) = sessions.get_mut(&ticket.session) else {
                 return Err(Refusal::new(Code::UnknownSession, "the session was closed while it was opened"));
@@ -504,6 +507,7 @@ impl Sessions {
                 return Ok(None);
             }
             slot.opening = None;
+            let is_new = slot.session.is_none();
             let session = match slot.session.clone() {
                 Some(session) => {
                     session.reopen(ticket, links, now)?;
@@ -523,8 +527,12 @@ impl Sessions {
                     slot.session.insert(Arc::new(session)).clone()
                 }
             };
-            (session, self.early().take(id))
+            (session, is_new, self.early().take(id))
         };
+        // It was let in just before, and was not there to be told with the others.
+        if is_new && self.leaving.load(Ordering::Relaxed) {
+            session.tell_leaving(proto::Code::Leaving, ASKED_TO_STOP);
+        }
         // A link that ended before the session was in the map was not noticed for it.
         for link in [Some(link), watched.as_ref()].into_iter().flatten().filter(|link| link.is_closed()) {
             session.link_closed(link, now);

@@ -9,6 +9,7 @@ mod generate;
 mod gguf;
 mod harness;
 mod lanes;
+mod leaving;
 mod long_links;
 mod lost;
 mod quantized;

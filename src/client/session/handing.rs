@@ -22,7 +22,7 @@ use libp2p::PeerId;
 
 use super::{HopLink, RouteHop, Session, SessionError, shows_life};
 use crate::{
-    client::{Work, inbox::Event},
+    client::{Work, inbox::Event, view::SwarmView},
     swarm::{Frame, announcement::Announcement, proto::session as proto},
 };
 
@@ -36,6 +36,8 @@ pub(super) struct Handing {
     under_way: Option<(HopLink, PeerId)>,
     /// Others, and when they are to be left.
     later: Vec<(PeerId, Instant)>,
+    /// The one that handed over, while that is noted.
+    handed_over: Option<PeerId>,
     /// A hand-over failed, and its epoch was begun: no hop stands where it could go on.
     is_adrift: bool,
 }
@@ -49,6 +51,11 @@ impl Handing {
     /// The hop that hands over now.
     pub(super) fn leaving(&self) -> Option<&HopLink> {
         self.under_way.as_ref().map(|(leaving, _)| leaving)
+    }
+
+    /// The one that handed over just now.
+    pub(super) fn handed_over(&self) -> Option<PeerId> {
+        self.handed_over
     }
 
     /// The hops are told where they stand.
@@ -122,7 +129,9 @@ impl Session {
         let (replacement, old) = (to.announcement.peer_id, self.route().hops);
         let error = match self.change_hop(index, to).await {
             Ok(opened) => {
+                self.handing.handed_over = Some(leaving);
                 self.note(&old);
+                self.handing.handed_over = None;
                 let within = self.client.patience().overdue + self.client.patience().pong;
                 self.settle(opened, within).await?;
                 return Ok(true);
@@ -146,12 +155,20 @@ impl Session {
         if has_no_room || about == Some(replacement) || about == Some(leaving) { Ok(false) } else { Err(error) }
     }
 
-    /// A peer that can go on exactly where a hop stands.
+    /// A peer that can go on exactly where a hop stands. Where none is known, the swarm is looked up: that takes less than computing
+    /// everything again.
     async fn successor(&self, index: usize, look: bool) -> Option<RouteHop> {
+        let known = self.successor_in(&self.client.view(look).await.ok()?, index);
+        if known.is_some() || look {
+            return known;
+        }
+        self.successor_in(&self.client.view(true).await.ok()?, index)
+    }
+
+    fn successor_in(&self, view: &SwarmView, index: usize) -> Option<RouteHop> {
         let hop = &self.hops[index];
         let kind = |said: &Announcement| (said.dtype, said.quant.clone(), said.kernel_path.clone());
-        let view = self.client.view(look).await.ok()?;
-        let chooser = self.client.chooser(&view, Work::DECODE, self.limits.max_tokens);
+        let chooser = self.client.chooser(view, Work::DECODE, self.limits.max_tokens);
         let now = Instant::now();
         let found = chooser.fastest(hop.blocks.clone(), |peer| {
             let said = &peer.announcement;
@@ -192,7 +209,8 @@ impl Session {
         Ok(opened)
     }
 
-    /// Waits until the replacement has the session. Both have to live all the while, and to be done before a repair would be given up.
+    /// Waits until the replacement has the session. Both have to live all the while, and to be done in half of the time after which
+    /// a repair is given up.
     async fn wait_for_take_over(&mut self, replacement: PeerId) -> Result<proto::Opened, SessionError> {
         let patience = self.client.patience();
         let begun = Instant::now();
@@ -229,9 +247,12 @@ impl Session {
                     if let Some(hop) = silent {
                         return Err(lost(hop, "it does not answer".to_owned(), true));
                     }
-                    if begun.elapsed() >= patience.recovery {
-                        let why = format!("the hand-over did not end within {:.0} s", begun.elapsed().as_secs_f64());
-                        return Err(lost(leaving, why, true));
+                    // Whichever of them is to blame, only the one that stays could be chosen again.
+                    if begun.elapsed() >= patience.recovery / 2
+                        && let Some(replacement) = both.last()
+                    {
+                        let why = format!("the hand-over did not end within {:.1} s", begun.elapsed().as_secs_f64());
+                        return Err(lost(replacement, why, true));
                     }
                     for hop in both {
                         self.send_to(hop, proto::frame::Body::Ping(proto::Ping { nonce: 0 }), Bytes::new())?;

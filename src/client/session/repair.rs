@@ -60,6 +60,8 @@ pub struct Recovery {
     pub took: Duration,
     /// The whole route since then.
     pub route: Vec<(PeerId, Range<usize>)>,
+    /// It left on purpose and handed over what it had: nothing was computed again.
+    pub handed_over: bool,
 }
 
 /// The repairs of a session so far.
@@ -147,7 +149,12 @@ impl Session {
                 .iter()
                 .map(|(peer, blocks)| format!("{peer} ({}:{})", blocks.start, blocks.end))
                 .collect();
-            tracing::warn!("lost hop {hop}, {lost}; went on after {} ms with {}", took.as_millis(), names.join(", "));
+            let (ms, names) = (took.as_millis(), names.join(", "));
+            if recovery.handed_over {
+                tracing::info!("hop {hop}, {lost}, left and handed over; went on after {ms} ms with {names}");
+            } else {
+                tracing::warn!("lost hop {hop}, {lost}; went on after {ms} ms with {names}");
+            }
             recovery.took = took;
             recovery.route.clone_from(&route);
             self.repairs.done.push(recovery);
@@ -435,6 +442,7 @@ impl Session {
                 replacement,
                 took: Duration::ZERO,
                 route: Vec::new(),
+                handed_over: self.handing.handed_over() == Some(lost),
             });
         }
     }

@@ -16,7 +16,7 @@ use super::plan::{Plan, Run, Shape};
 use crate::{
     engine::{
         Cache, DeviceChoice, Edges, EdgesOptions, Engine, EngineOptions, HiddenStates, Job, Keep, LaneRun, Place,
-        StepError, Target, tests::with_an_infinity,
+        StepError, Target, snapshot::tests::moved, tests::with_an_infinity,
     },
     model::{Dtype, Quant, checkpoint::Checkpoint},
 };
@@ -101,6 +101,30 @@ fn difference(found: &[f32], expected: &[f32]) -> f64 {
     let worst = found.iter().zip(expected).map(|(a, b)| f64::from((a - b).abs()));
     // Not `max`, which would pass over a NaN.
     worst.fold(0.0, |worst, each| if each <= worst { worst } else { each }) / deviation
+}
+
+#[test]
+fn a_session_goes_on_as_if_it_had_not_moved() {
+    for (family, dtype) in [("llama", Dtype::F32), ("gemma3_text", Dtype::Bf16), ("qwen3", Dtype::F16)] {
+        let checkpoint = Checkpoint::open(&fixtures().join(family)).unwrap();
+        let (here, there) = (
+            on_device(&checkpoint, options(&checkpoint, dtype, Quant::Auto)),
+            on_device(&checkpoint, options(&checkpoint, dtype, Quant::Auto)),
+        );
+        let width = checkpoint.spec().hidden_size;
+        let rows = |count: usize, seed: usize| {
+            let values: Vec<f32> = (0..count * width).map(|i| (((i + seed) * 37 % 101) as f32 - 50.0) / 30.0).collect();
+            HiddenStates::from_f32(dtype, width, &values)
+        };
+        let mut session = Session::new(&here);
+        session.step(&[run(0, 0, 37), run(2, 0, 5)], rows(42, 0));
+        let mut copy = Session { engine: &there, cache: session.cache.as_ref().map(|cache| moved(&here, cache, &there, 5000)) };
+        for position in 37..40 {
+            let runs = [run(0, position, 1), run(2, position - 32, 1)];
+            let expected = session.step(&runs, rows(2, position));
+            assert_eq!(copy.step(&runs, rows(2, position)), expected, "{family}");
+        }
+    }
 }
 
 /// A lane that begins as a copy of lane 0.

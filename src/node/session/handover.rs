@@ -12,7 +12,6 @@
 use std::{ops::Range, pin::pin, sync::Arc, time::Instant};
 
 use bytes::{Bytes, BytesMut};
-use libp2p::PeerId;
 use tokio::sync::oneshot;
 
 use super::{HopSession, Inner, Reply, replay::Kept, wire_tensor};
@@ -235,11 +234,6 @@ impl HopSession {
 impl Handing {
     fn is_with(&self, link: &Link, epoch: u64) -> bool {
         self.epoch == epoch && self.to.as_ref().is_some_and(|to| to.id() == link.id())
-    }
-
-    /// Whom it goes to, once there is a connection.
-    pub(super) fn receiver(&self) -> Option<PeerId> {
-        self.to.as_ref().map(Link::peer)
     }
 }
 

@@ -10,15 +10,15 @@ use helion::{
         generation::{Generation, GenerationEvent, GenerationOptions, RouteEntry},
         session::Patience,
     },
-    swarm::{
-        PeerId,
-        rpc::{Request, response},
-    },
+    swarm::proto::rpc::InfoResponse,
 };
 
 use serde_json::Value;
 
-use super::harness::{Place, Reference, Server, client, copy_fixture, fixture, reference};
+use super::{
+    harness::{Place, Reference, Server, client, copy_fixture, fixture, reference},
+    sessions::info,
+};
 
 /// Bytes of a token's hidden state in the fixtures, in f32.
 const ROW_BYTES: u64 = 64 * 4;
@@ -28,7 +28,7 @@ const PATIENCE: Duration = Duration::from_millis(700);
 
 /// When something is done to the swarm.
 #[derive(Clone, Copy, PartialEq)]
-enum Moment {
+pub(super) enum Moment {
     /// The session is open, and nothing was sent.
     Opened,
     /// This many tokens are there.
@@ -38,15 +38,15 @@ enum Moment {
 }
 
 /// One case: hops of the route are lost by a signal.
-struct Case {
-    family: &'static str,
+pub(super) struct Case {
+    pub(super) family: &'static str,
     /// Changes to the family's configuration, JSON.
-    changes: Option<&'static str>,
+    pub(super) changes: Option<&'static str>,
     /// The blocks of all nodes.
-    nodes: &'static [&'static str],
-    node_args: &'static [&'static str],
+    pub(super) nodes: &'static [&'static str],
+    pub(super) node_args: &'static [&'static str],
     /// Which hop, by what signal, when.
-    losses: &'static [(usize, &'static str, Moment)],
+    pub(super) losses: &'static [(usize, &'static str, Moment)],
 }
 
 const TWICE: &[&str] = &["0:2", "2:4", "4:6", "0:2", "2:4", "4:6"];
@@ -58,19 +58,19 @@ impl Default for Case {
 }
 
 /// What a case came to.
-struct Outcome {
-    first_route: Vec<RouteEntry>,
-    generation: Generation,
+pub(super) struct Outcome {
+    pub(super) first_route: Vec<RouteEntry>,
+    pub(super) generation: Generation,
     /// The peers that were given a signal.
-    lost: Vec<String>,
-    events: Vec<GenerationEvent>,
-    nodes: Vec<Server>,
+    pub(super) lost: Vec<String>,
+    pub(super) events: Vec<GenerationEvent>,
+    pub(super) nodes: Vec<Server>,
     client: Client,
-    reference: Reference,
+    pub(super) reference: Reference,
     _place: Place,
 }
 
-async fn run(case: Case) -> Outcome {
+pub(super) async fn run(case: Case) -> Outcome {
     let place = Place::new();
     let model = match case.changes {
         Some(changes) => changed(&place, case.family, changes),
@@ -124,7 +124,7 @@ async fn run(case: Case) -> Outcome {
 }
 
 /// A family's fixture with a changed configuration.
-fn changed(place: &Place, family: &str, changes: &str) -> PathBuf {
+pub(super) fn changed(place: &Place, family: &str, changes: &str) -> PathBuf {
     let model = place.path().join("changed");
     copy_fixture(family, &model);
     let path = model.join("config.json");
@@ -138,13 +138,14 @@ fn changed(place: &Place, family: &str, changes: &str) -> PathBuf {
 }
 
 impl Outcome {
+    /// What a node says of itself.
+    pub(super) async fn info(&self, peer: &str) -> InfoResponse {
+        info(&self.client, self.nodes.iter().find(|node| node.peer_id == peer).unwrap()).await
+    }
+
     /// Rows of steps and of replays that a node has computed, and bytes that it replayed to others.
     async fn counts(&self, peer: &str) -> (u64, u64, u64) {
-        let node = self.nodes.iter().find(|node| node.peer_id == peer).unwrap();
-        let peer: PeerId = peer.parse().unwrap();
-        let addresses = [node.address.rsplit_once("/p2p/").unwrap().0.parse().unwrap()];
-        let answer = self.client.swarm().request(peer, &addresses, Request::info(), Duration::from_secs(10)).await;
-        let Some(response::Body::Info(info)) = answer.unwrap().body else { panic!("no info") };
+        let info = self.info(peer).await;
         (info.tokens, info.tokens_replayed, info.bytes_replayed)
     }
 
@@ -169,7 +170,7 @@ impl Outcome {
         }
     }
 
-    fn recoveries(&self) -> usize {
+    pub(super) fn recoveries(&self) -> usize {
         let told = self.events.iter().filter(|event| matches!(event, GenerationEvent::Recovery { .. })).count();
         assert_eq!(told, self.generation.recoveries);
         told
@@ -208,9 +209,6 @@ one_loss! {
     the_first_hop_freezes: 0, "STOP", Moment::Token(5), "llama";
     the_middle_hop_freezes: 1, "STOP", Moment::Token(5), "qwen2";
     the_last_hop_freezes: 2, "STOP", Moment::Token(5), "llama";
-    the_first_hop_leaves: 0, "TERM", Moment::Token(5), "llama";
-    the_middle_hop_leaves: 1, "TERM", Moment::Token(5), "llama";
-    the_last_hop_leaves: 2, "TERM", Moment::Token(5), "qwen3";
 }
 
 #[tokio::test(flavor = "multi_thread")]
