@@ -19,6 +19,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures::future;
+
 use self::{
     border::Hosted,
     sessions::{Host, NodeService, SessionSettings, Sessions},
@@ -283,16 +285,16 @@ impl Node {
     /// are gone, though no longer than `patience`; then withdraws its announcement and stops the network.
     pub async fn leave(self, patience: Duration) {
         self.announcing.abort();
-        self.sessions.leave();
         let draining = Announcement { state: State::Draining, ..self.announcement.clone() };
-        let moving = async {
+        let announcing = async {
             if self.sessions.count() > 0
                 && let Err(error) = self.swarm.announce(draining).await
             {
                 tracing::debug!(%error, "the swarm does not know that this node is leaving");
             }
-            self.sessions.all_ended().await;
         };
+        // The first begins first: new sessions are refused before the swarm is told.
+        let moving = future::join3(self.sessions.leave(), announcing, self.sessions.all_ended());
         if tokio::time::timeout(patience, moving).await.is_err() {
             tracing::warn!(sessions = self.sessions.count(), "leaving although some sessions did not go elsewhere");
         }

@@ -18,7 +18,7 @@ use super::{
     cache::{Cache, Desk},
     lanes::LaneLayout,
     pages::{Claim, PAGE_TOKENS, PageId, pages_for},
-    pass::{Pass, PagePlace},
+    pass::{PagePlace, Pass},
     planes::KvPlanes,
 };
 
@@ -318,7 +318,12 @@ pub(in crate::engine) mod tests {
         answers.recv_timeout(PATIENCE).unwrap().unwrap()
     }
 
-    fn write(engine: &Engine, cache: Cache, pieces: Range<usize>, bytes: Vec<u8>) -> (Cache, Result<(), TransferError>) {
+    fn write(
+        engine: &Engine,
+        cache: Cache,
+        pieces: Range<usize>,
+        bytes: Vec<u8>,
+    ) -> (Cache, Result<(), TransferError>) {
         let (answer, answers) = mpsc::sync_channel(1);
         let done: WriteDone = Box::new(move |cache, result| answer.send((cache, result)).unwrap());
         engine.write_pieces(cache, pieces, (bytes.into(), done));

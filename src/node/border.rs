@@ -142,9 +142,14 @@ impl Hosted {
     ///
     /// # Errors
     /// The refusal to send back.
-    pub fn check_receiver(&self, order: &proto::HandOver, blocks: &std::ops::Range<usize>) -> Result<Announcement, Refusal> {
+    pub fn check_receiver(
+        &self,
+        order: &proto::HandOver,
+        blocks: &std::ops::Range<usize>,
+    ) -> Result<Announcement, Refusal> {
         let bad = |message: String| Refusal::new(proto::Code::BadTicket, message);
-        let to = order.to.as_ref().ok_or_else(|| bad("no announcement says who is to take the session over".to_owned()))?;
+        let to =
+            order.to.as_ref().ok_or_else(|| bad("no announcement says who is to take the session over".to_owned()))?;
         let to = Announcement::from_signed(to, unix_ms())
             .map_err(|error| bad(format!("the announcement of the peer that is to take the session over: {error}")))?;
         let is_alike = to.dht_prefix == self.dht_prefix && Fingerprint(to.fingerprint) == self.fingerprint;
@@ -271,7 +276,7 @@ impl From<BadLaneChanges> for Refusal {
 }
 
 #[cfg(test)]
-mod tests {
+pub(in crate::node) mod tests {
     use libp2p::identity::Keypair;
 
     use super::*;
@@ -281,7 +286,7 @@ mod tests {
         Keypair::generate_ed25519().public().to_peer_id()
     }
 
-    fn hosted_and_ticket() -> (Hosted, Ticket) {
+    pub(in crate::node) fn hosted_and_ticket() -> (Hosted, Ticket) {
         let hosted =
             Hosted { peer: peer(), dht_prefix: "tiny".to_owned(), fingerprint: Fingerprint([1; 32]), span: 2..6 };
         let client = peer();

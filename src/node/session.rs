@@ -2,7 +2,8 @@
 //!
 //! The decisions are [`StepLog`]'s and [`border`](super::border)'s; this is the shell that moves bytes between the links and
 //! the engine. A session's KV cache travels with the step that is being computed and comes back with its result, so two
-//! steps of a session can't run at once. Results come on the engine's thread and are sent on from there: a step crosses no
+//! steps of a session can't run at once. Where a hop is lost, its successor is told what it knew (`replay`); one that leaves on purpose
+//! hands its sessions over (`handover`, `takeover`). Results come on the engine's thread and are sent on from there: a step crosses no
 //! other task on its way through a hop.
 
 mod handover;

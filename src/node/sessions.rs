@@ -16,7 +16,7 @@ use std::{
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use libp2p::PeerId;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -84,6 +84,16 @@ pub(crate) struct Host {
 /// Why a node takes no new sessions, and wants to be rid of those it has.
 const ASKED_TO_STOP: &str = "the node was asked to stop";
 
+/// Sessions whose clients are told at a time that the node leaves.
+const LEAVE_AT_A_TIME: usize = 16;
+
+/// How often some more are told: a session of some thousand tokens is handed over in less, and a thousand sessions are told within
+/// 16 s.
+const LEAVE_EVERY: Duration = Duration::from_millis(250);
+
+/// Sessions that are handed over at a time: the parts of all that are under way fit into the outbox to one peer.
+const HAND_OVER_AT_A_TIME: usize = 8;
+
 /// One client may hold this part of what the node may.
 const CLIENTS_SHARE: usize = 2;
 
@@ -127,6 +137,8 @@ pub struct Sessions {
     early: Mutex<Early<EarlyStep>>,
     steps: AtomicU64,
     refused: AtomicU64,
+    /// How many may be handed over beside those that are.
+    handing: Semaphore,
     /// A session ended.
     ended: Notify,
     /// The node's owner asked it to leave.
@@ -149,6 +161,7 @@ impl Sessions {
             sessions: Mutex::default(),
             steps: AtomicU64::new(0),
             refused: AtomicU64::new(0),
+            handing: Semaphore::new(HAND_OVER_AT_A_TIME),
             ended: Notify::new(),
             drain: CancellationToken::new(),
         })
@@ -166,11 +179,15 @@ impl Sessions {
         self.lock().len()
     }
 
-    /// Takes no new sessions, and tells the clients of the open ones that the node is going.
-    pub fn leave(&self) {
+    /// Takes no new sessions, and tells the clients of the open ones that the node is going: a few at a time, so that the others
+    /// go on until it is their turn to be handed over.
+    pub async fn leave(&self) {
         self.leaving.store(true, Ordering::Relaxed);
-        for session in self.all() {
-            session.tell_leaving(proto::Code::Leaving, ASKED_TO_STOP);
+        for (turn, sessions) in self.all().chunks(LEAVE_AT_A_TIME).enumerate() {
+            if turn > 0 {
+                tokio::time::sleep(LEAVE_EVERY).await;
+            }
+            sessions.iter().for_each(|session| session.tell_leaving(proto::Code::Leaving, ASKED_TO_STOP));
         }
     }
 
@@ -350,6 +367,7 @@ impl Sessions {
                 Ok(to) => connect_next(host, &to).await,
                 Err(refusal) => Err(refusal),
             };
+            let _turn = sessions.handing.acquire().await;
             session.hand_over(to).await;
         });
     }

@@ -15,4 +15,5 @@ mod lost;
 mod quantized;
 mod sessions;
 mod strangers;
+mod takeover;
 mod tools;

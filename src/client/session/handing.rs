@@ -69,8 +69,13 @@ impl Handing {
 
     /// Nobody can take this one's place now.
     pub(super) fn try_later(&mut self, peer: PeerId) {
+        self.leave_at(peer, Instant::now() + TRY_AGAIN);
+    }
+
+    /// A hop has one place here, however often it says that it leaves.
+    fn leave_at(&mut self, peer: PeerId, when: Instant) {
         self.later.retain(|(other, _)| *other != peer);
-        self.later.push((peer, Instant::now() + TRY_AGAIN));
+        self.later.push((peer, when));
     }
 }
 
@@ -107,7 +112,7 @@ impl Session {
         match (self.sift(event), &self.handing.under_way) {
             (Err(error), Some((_, replacement))) if error.is_of_a_leaving_hop() => match error.peer_to_avoid() {
                 Some(peer) if peer != *replacement => {
-                    self.handing.later.push((peer, Instant::now()));
+                    self.handing.leave_at(peer, Instant::now());
                     Ok(None)
                 }
                 _ => Err(error),
@@ -145,7 +150,8 @@ impl Session {
             let _ = self.send_to(&replacement, proto::frame::Body::Close(proto::Close {}), Bytes::new());
             self.handing.is_adrift = true;
         }
-        let has_no_room = error.is_for_want_of_room() || matches!(error, SessionError::Fault { code: proto::Code::Busy, .. });
+        let has_no_room =
+            error.is_for_want_of_room() || matches!(error, SessionError::Fault { code: proto::Code::Busy, .. });
         let about = error.peer_to_avoid();
         let is_gone = matches!(error, SessionError::Unreachable { .. } | SessionError::HopLost { .. })
             || error.is_of_a_leaving_hop();

@@ -131,11 +131,7 @@ impl Session {
 
     /// Waits until these hops hold the session, and returns what each of them has of it. A hop that doesn't even answer a ping
     /// `within` this time is lost; one that does is only waiting for the hop behind it.
-    pub(super) async fn wait_until_open(
-        &mut self,
-        hops: &[usize],
-        within: Duration,
-    ) -> Result<Openings, SessionError> {
+    pub(super) async fn wait_until_open(&mut self, hops: &[usize], within: Duration) -> Result<Openings, SessionError> {
         let asked = Instant::now();
         for hop in hops {
             self.send_to(&self.hops[*hop], proto::frame::Body::Ping(proto::Ping { nonce: 0 }), Bytes::new())?;

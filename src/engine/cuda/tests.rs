@@ -118,7 +118,8 @@ fn a_session_goes_on_as_if_it_had_not_moved() {
         };
         let mut session = Session::new(&here);
         session.step(&[run(0, 0, 37), run(2, 0, 5)], rows(42, 0));
-        let mut copy = Session { engine: &there, cache: session.cache.as_ref().map(|cache| moved(&here, cache, &there, 5000)) };
+        let mut copy =
+            Session { engine: &there, cache: session.cache.as_ref().map(|cache| moved(&here, cache, &there, 5000)) };
         for position in 37..40 {
             let runs = [run(0, position, 1), run(2, position - 32, 1)];
             let expected = session.step(&runs, rows(2, position));

@@ -266,7 +266,7 @@ impl Parcel<'_> {
 }
 
 /// A lane with the runs of its pages.
-fn to_wire(lane: &LaneLayout) -> proto::LaneState {
+pub(super) fn to_wire(lane: &LaneLayout) -> proto::LaneState {
     let mut pages: Vec<proto::PageRun> = Vec::new();
     for &page in &lane.pages {
         match pages.last_mut() {

@@ -123,7 +123,8 @@ impl HopSession {
                 self.take_parts(inner);
             }
             _ => {
-                let refusal = Refusal::new(proto::Code::WrongStep, format!("part {index} is not the one that is awaited"));
+                let refusal =
+                    Refusal::new(proto::Code::WrongStep, format!("part {index} is not the one that is awaited"));
                 self.take_over_failed(&mut inner, link, refusal);
             }
         }
@@ -180,7 +181,8 @@ impl HopSession {
                 return Ok(Taken::Pieces { first: pieces.0, count: pieces.1, permit });
             }
             Part::Rows(rows) => {
-                let (places, states) = check_rows(ticket, self.engine.spec().hidden_size, (&rows, state.applied), payload)?;
+                let (places, states) =
+                    check_rows(ticket, self.engine.spec().hidden_size, (&rows, state.applied), payload)?;
                 let history = &mut inner.replaying.history;
                 match self.history_bytes.take(states.bytes.len()) {
                     Some(permit) => {
@@ -420,4 +422,56 @@ fn check_reply(ticket: &Ticket, hidden: usize, step: &proto::Step, payload: Byte
         return Err(Refusal::new(proto::Code::BadTensor, message));
     }
     Ok(output)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::node::{border::tests::hosted_and_ticket, session::handover::to_wire};
+
+    fn lane_state() -> impl Strategy<Value = proto::LaneState> {
+        let small = || prop_oneof![3 => 0u32..4, 1 => any::<u32>()];
+        let tokens = prop_oneof![3 => 0u64..50, 1 => any::<u64>()];
+        let pages = prop::collection::vec((small(), small()), 0..4);
+        (small(), tokens, pages).prop_map(|(lane, tokens, pages)| proto::LaneState {
+            lane,
+            tokens,
+            pages: pages.into_iter().map(|(first, count)| proto::PageRun { first, count }).collect(),
+        })
+    }
+
+    proptest! {
+        /// Whatever is claimed: no more is made of it than the ticket allows.
+        #[test]
+        fn lanes_are_within_the_tickets_limits(wire in prop::collection::vec(lane_state(), 0..5)) {
+            let (_, mut ticket) = hosted_and_ticket();
+            (ticket.limits.max_tokens, ticket.limits.max_lanes) = (40, 3);
+            if let Ok(lanes) = check_lanes(&ticket, 64, &wire) {
+                prop_assert!(lanes.iter().map(|lane| lane.tokens).sum::<usize>() <= 40);
+                for lane in &lanes {
+                    prop_assert!(lane.lane < 3 && lane.pages.len() <= lane.tokens.div_ceil(PAGE_TOKENS));
+                }
+            }
+        }
+
+        #[test]
+        fn lanes_are_read_as_they_were_written(
+            lanes in prop::collection::btree_map(0u32..3, prop::collection::vec(any::<u16>(), 1..9), 0..3),
+        ) {
+            let (_, mut ticket) = hosted_and_ticket();
+            (ticket.limits.max_tokens, ticket.limits.max_lanes) = (1000, 3);
+            let lanes: Vec<LaneLayout> = lanes
+                .into_iter()
+                .map(|(lane, pages)| LaneLayout {
+                    lane,
+                    tokens: pages.len() * PAGE_TOKENS,
+                    pages: pages.into_iter().map(u32::from).collect(),
+                })
+                .collect();
+            let wire: Vec<_> = lanes.iter().map(to_wire).collect();
+            prop_assert_eq!(check_lanes(&ticket, 1000, &wire), Ok(lanes));
+        }
+    }
 }

@@ -65,6 +65,8 @@ pub(super) struct Outcome {
     pub(super) lost: Vec<String>,
     pub(super) events: Vec<GenerationEvent>,
     pub(super) nodes: Vec<Server>,
+    /// Tokens that each of them had computed before.
+    computed_before: Vec<u64>,
     client: Client,
     pub(super) reference: Reference,
     _place: Place,
@@ -89,6 +91,10 @@ pub(super) async fn run(case: Case) -> Outcome {
     if case.changes.is_some() {
         reference.prompt.truncate(21);
         reference.output = client.generate(&reference.prompt, &options, &mut |_| {}).await.unwrap().output_ids;
+    }
+    let mut computed_before = Vec::new();
+    for node in &nodes {
+        computed_before.push(info(&client, node).await.tokens);
     }
     let (mut events, mut lost, mut route, mut first_route) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let (mut tokens, mut recovered) = (0, 0);
@@ -120,7 +126,7 @@ pub(super) async fn run(case: Case) -> Outcome {
         .unwrap();
     assert_eq!(generation.output_ids, reference.output);
     assert!(generation.exact);
-    Outcome { first_route, generation, lost, events, nodes, client, reference, _place: place }
+    Outcome { first_route, generation, lost, events, nodes, computed_before, client, reference, _place: place }
 }
 
 /// A family's fixture with a changed configuration.
@@ -138,9 +144,11 @@ pub(super) fn changed(place: &Place, family: &str, changes: &str) -> PathBuf {
 }
 
 impl Outcome {
-    /// What a node says of itself.
+    /// What a node says of itself, but that it had computed nothing before.
     pub(super) async fn info(&self, peer: &str) -> InfoResponse {
-        info(&self.client, self.nodes.iter().find(|node| node.peer_id == peer).unwrap()).await
+        let index = self.nodes.iter().position(|node| node.peer_id == peer).unwrap();
+        let info = info(&self.client, &self.nodes[index]).await;
+        InfoResponse { tokens: info.tokens - self.computed_before[index], ..info }
     }
 
     /// Rows of steps and of replays that a node has computed, and bytes that it replayed to others.

@@ -151,8 +151,7 @@ impl Scene {
         let place = Place::new();
         let model = changed(&place, "llama", r#"{"max_position_embeddings": 2048}"#);
         let (bootstrap, nodes) = place.swarm(&model, spans, &[]);
-        let patience =
-            Patience { overdue: PATIENCE, pong: PATIENCE, step: Duration::from_secs(3), ..Patience::default() };
+        let patience = Patience { overdue: PATIENCE, pong: PATIENCE, ..Patience::default() };
         let client = client(&model, &bootstrap, patience).await;
         let prompt: Vec<u32> = (0..prompt as u32).map(|i| i * 37 % 511 + 1).collect();
         let mut scene = Self { place, bootstrap, nodes, client, reference: Reference { prompt, output: Vec::new() } };

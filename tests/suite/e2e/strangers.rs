@@ -24,11 +24,11 @@ use tokio::sync::mpsc;
 
 use super::harness::{Place, Server, fixture, network, reference};
 
-async fn client(model: &Path, peer: &Server) -> Client {
+pub(super) async fn client(model: &Path, peer: &Server) -> Client {
     super::harness::client(model, peer, Patience::default()).await
 }
 
-fn limits(prompt: usize) -> SessionLimits {
+pub(super) fn limits(prompt: usize) -> SessionLimits {
     SessionLimits { max_lanes: 1, max_tokens: 64, max_in_flight: 4, max_step_tokens: prompt as u32 }
 }
 
@@ -86,7 +86,7 @@ async fn generate_with(client: &Client, session: &mut Session, model: &Path, mut
 /// A peer of the swarm that says what it likes.
 pub(super) struct Stranger {
     pub(super) swarm: Swarm,
-    frames: mpsc::Receiver<Frame>,
+    pub(super) frames: mpsc::Receiver<Frame>,
 }
 
 struct Collect(mpsc::Sender<Frame>);
