@@ -161,7 +161,8 @@ async fn generate_together(client: &Client, args: &Args) -> anyhow::Result<f64> 
         let (client, max_tokens) = (client.clone(), args.tokens);
         async move {
             let prompt = PROMPT.map(|id| id + session as u32);
-            let options = GenerationOptions { max_tokens, ignore_eos: true, ..GenerationOptions::default() };
+            let options =
+                GenerationOptions { max_tokens, ignore_eos: true, tenant: None, ..GenerationOptions::default() };
             let mut first = None;
             let mut on_event = |event| {
                 if matches!(event, GenerationEvent::Token { .. }) {

@@ -11,6 +11,7 @@ mod inbox;
 pub mod local_model;
 pub mod models;
 pub mod observer;
+mod prefixes;
 pub mod route;
 pub mod sampling;
 pub mod session;
@@ -31,8 +32,9 @@ use self::{
     inbox::Inbox,
     local_model::LocalModel,
     observer::Observer,
+    prefixes::Prefixes,
     sampling::{InvalidOption, SampleError},
-    session::{Patience, Route, Session, SessionError},
+    session::{Patience, Prompt, Route, Session, SessionError},
     view::{Incomplete, SwarmView},
 };
 pub use self::{
@@ -108,6 +110,7 @@ pub struct Client {
     rules: Arc<PeerRules>,
     wire_codec: WireCodec,
     backoff: Arc<Mutex<Backoff>>,
+    prefixes: Arc<Prefixes>,
 }
 
 impl Client {
@@ -132,6 +135,7 @@ impl Client {
             rules: Arc::default(),
             wire_codec: WireCodec::Raw,
             backoff: Arc::default(),
+            prefixes: Arc::default(),
         })
     }
 
@@ -170,6 +174,10 @@ impl Client {
 
     pub(crate) fn inbox(&self) -> &Arc<Inbox> {
         &self.inbox
+    }
+
+    pub(crate) fn prefixes(&self) -> &Prefixes {
+        &self.prefixes
     }
 
     pub(crate) fn patience(&self) -> Patience {
@@ -233,6 +241,20 @@ impl Client {
         limits: SessionLimits,
         wait: Duration,
     ) -> Result<(Session, Route), ClientError> {
+        self.open_session_with(work, limits, wait, None).await
+    }
+
+    /// As [`Client::open_session_for`], for a session that begins with this prompt: see [`Session::open`].
+    ///
+    /// # Errors
+    /// As [`Client::open_session`].
+    pub async fn open_session_with(
+        &self,
+        work: Work,
+        limits: SessionLimits,
+        wait: Duration,
+        prompt: Option<Prompt<'_>>,
+    ) -> Result<(Session, Route), ClientError> {
         let started = Instant::now();
         let mut last_error: Option<ClientError> = None;
         let (mut look, mut attempts) = (false, 0);
@@ -257,7 +279,7 @@ impl Client {
                 }
             };
             attempts += 1;
-            match Session::open(self, &route, limits).await {
+            match Session::open(self, &route, limits, prompt).await {
                 Ok(session) => return Ok((session, route)),
                 Err(error) => match error.peer_to_avoid() {
                     Some(peer) => {

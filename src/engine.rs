@@ -31,7 +31,7 @@
 //!
 //! The KV cache is allocated at start, in pages of [`PAGE_TOKENS`] tokens. A [`Cache`] owns the pages of one session and
 //! gives them back when it is dropped. Lanes that were copied and sessions that share a prefix ([`Cache::copy_lanes`],
-//! [`Cache::share_prefix`]) hold the same pages, and a step that writes to one of these gets a copy of it. Pages for a
+//! [`Cache::keep_prefix`]) hold the same pages, and a step that writes to one of these gets a copy of it. Pages for a
 //! whole step are taken before it begins; a step that can't get them waits in order until its deadline, sessions that run
 //! before new ones, and new ones leave one part in [`WATERMARK_SHARE`] of the pool free.
 //!
@@ -62,6 +62,7 @@ mod floats;
 mod head;
 mod hidden;
 mod job;
+mod kept;
 mod kernels;
 mod lanes;
 mod linear;
@@ -88,11 +89,12 @@ use std::{
 };
 
 use batcher::Batcher;
-pub use cache::{AdoptError, Cache, SharedPages};
-use cache::{Desk, Pending};
+pub use cache::Cache;
+use cache::{Desk, DeskState, Pending};
 pub use edges::{EdgeError, Edges, EdgesOptions};
 pub use hidden::{HiddenStates, WrongLength};
 pub use job::{Job, Keep, Owner, Place, StepError, StepOutput};
+pub use kept::PageKey;
 pub use lanes::{LaneLayout, LaneRun};
 pub use load::LoadError;
 use load::{Loaded, Source};
@@ -166,6 +168,8 @@ pub struct EngineOptions {
     pub batch_tokens: usize,
     /// Jobs that may wait, half of them of one owner. Each holds its hidden states, so this bounds memory, too.
     pub queue: usize,
+    /// Bytes of the rows that are kept with the pages of prefixes, at most; see [`Cache::keep_prefix`].
+    pub kept_bytes: usize,
     /// Threads that compute, from 1 to [`MAX_THREADS`]; `None`: one a core. Results don't depend on it.
     pub threads: Option<usize>,
 }
@@ -183,6 +187,7 @@ impl EngineOptions {
             cache_tokens: 8192,
             batch_tokens: 512,
             queue: 256,
+            kept_bytes: 0,
             threads: None,
         }
     }
@@ -208,12 +213,16 @@ struct Shared {
 /// How busy an engine is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EngineLoad {
-    /// Tokens that the free pages have room for.
+    /// Tokens that the free pages have room for, and those that are only kept for sessions to come.
     pub cache_tokens_left: usize,
     /// Tokens that all pages have room for.
     pub cache_tokens_total: usize,
     /// Tokens that the pages have room for which more than one lane or handle refer to.
     pub cache_tokens_shared: usize,
+    /// Tokens in pages that are kept for sessions to come.
+    pub cache_tokens_kept: usize,
+    /// Bytes of rows that are kept with them.
+    pub kept_bytes: usize,
     /// Jobs that haven't begun.
     pub queue: usize,
     /// Steps that were computed since the start.
@@ -252,7 +261,9 @@ impl Engine {
         options: EngineOptions,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self, LoadError> {
-        let EngineOptions { span, dtype, kv_dtype, quant, cache_tokens, batch_tokens, queue, threads, .. } = options;
+        let EngineOptions {
+            span, dtype, kv_dtype, quant, cache_tokens, batch_tokens, queue, kept_bytes, threads, ..
+        } = options;
         let spec = checkpoint.spec().clone();
         if span.is_empty() || span.end > spec.num_blocks() {
             return Err(LoadError::Span { start: span.start, end: span.end, blocks: spec.num_blocks() });
@@ -282,7 +293,7 @@ impl Engine {
         };
         let kernel_path = if kv_dtype == dtype.into() { path } else { format!("{path}-kv-{kv_dtype}") };
         let loaded = source.finish();
-        let desk = Arc::new(Desk::new(pages));
+        let desk = Arc::new(Desk::new(pages, kept_bytes));
         let threads = threads::pool("engine", threads)?;
         let batcher = Batcher::new(desk.clone(), blocks, batch_tokens);
         // What was spawned keeps the pool alive. The batcher is one of its workers, so that it can share a product with
@@ -367,9 +378,11 @@ impl Engine {
     pub fn load_now(&self) -> EngineLoad {
         let state = self.shared.desk.lock();
         EngineLoad {
-            cache_tokens_left: state.pages.free() * PAGE_TOKENS,
+            cache_tokens_left: state.pages.available() * PAGE_TOKENS,
             cache_tokens_total: state.pages.total() * PAGE_TOKENS,
             cache_tokens_shared: state.pages.shared() * PAGE_TOKENS,
+            cache_tokens_kept: state.kept.count() * PAGE_TOKENS,
+            kept_bytes: state.kept.row_bytes(),
             queue: state.queued,
             steps: state.counts.steps,
             tokens: state.counts.tokens,
@@ -378,6 +391,13 @@ impl Engine {
             busy: state.counts.busy,
             late_decodes: state.counts.late_decodes,
         }
+    }
+
+    /// Gives up the pages of prefixes that nobody has used since `before`.
+    pub fn forget_prefixes(&self, before: Instant) {
+        let mut state = self.shared.desk.lock();
+        let DeskState { pages, kept, .. } = &mut *state;
+        kept.expire(before, pages);
     }
 
     /// What can be found wrong with a job before it runs.

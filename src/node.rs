@@ -48,6 +48,9 @@ const ANNOUNCE_EVERY: Duration = Duration::from_secs(30);
 /// How often sessions that outlived their clients are looked for.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
 
+/// What is kept with the pages of prefixes may take one part in this many of what is kept of sessions' history, beside it.
+const KEPT_SHARE: usize = 4;
+
 /// How long the own speed is measured for at most.
 const MEASURE_FOR: Duration = Duration::from_millis(500);
 
@@ -349,6 +352,7 @@ async fn begin(
         cache_tokens: options.cache_tokens,
         // A session has one step in the engine at the most.
         queue: options.sessions.max_sessions,
+        kept_bytes: options.sessions.history_bytes / KEPT_SHARE,
         ..EngineOptions::new(span.clone(), dtype)
     };
     let progress = on_event.clone();

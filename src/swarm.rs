@@ -29,6 +29,7 @@ mod known;
 pub mod lanes;
 mod link;
 mod network;
+pub mod prefix;
 pub mod proto;
 pub mod records;
 pub mod remembered;

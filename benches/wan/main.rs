@@ -167,7 +167,7 @@ async fn decode_in_the_middle(client: &Client, tokens: usize) -> Vec<Duration> {
     let mut sessions = Vec::new();
     for hop in &route.hops {
         let alone = Route { hops: vec![hop.clone()], ..route.clone() };
-        sessions.push(Session::open(client, &alone, LIMITS).await.unwrap());
+        sessions.push(Session::open(client, &alone, LIMITS, None).await.unwrap());
     }
     let mut id = 1;
     let mut times = Vec::new();
@@ -198,7 +198,7 @@ fn likeliest(client: &Client, hidden: &HiddenStates) -> u32 {
 async fn prefill(client: &Client, prompts: usize) -> Vec<Duration> {
     /// No two prompts begin alike, so that none finds what another one left behind.
     static PROMPTS: AtomicUsize = AtomicUsize::new(0);
-    let options = GenerationOptions { max_tokens: 1, ignore_eos: true, ..GenerationOptions::default() };
+    let options = GenerationOptions { max_tokens: 1, ignore_eos: true, tenant: None, ..GenerationOptions::default() };
     let mut times = Vec::new();
     for _ in 0..prompts {
         let prompt = PROMPTS.fetch_add(1, Ordering::Relaxed);

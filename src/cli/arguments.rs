@@ -92,6 +92,10 @@ pub(super) struct SwarmArgs {
     /// Threads that the client's part computes on [default: one a core].
     #[arg(long, value_name = "N", value_parser = threads())]
     pub(super) threads: Option<usize>,
+    /// A key file to be the same client in every run, made if it is not there: hops then compute what prompts begin with once for
+    /// all runs [default: a new identity for each run].
+    #[arg(long, value_name = "FILE")]
+    pub(super) identity_path: Option<PathBuf>,
 }
 
 /// Where the first peers come from.
@@ -237,6 +241,15 @@ pub(super) fn client_network(peers: &PeerArgs) -> anyhow::Result<SwarmConfig> {
 }
 
 impl SwarmArgs {
+    /// The configuration of the client's network: an identity for this one run, or the one that is asked for.
+    pub(super) fn network(&self) -> anyhow::Result<SwarmConfig> {
+        let network = client_network(&self.peers)?;
+        Ok(match &self.identity_path {
+            Some(path) => SwarmConfig { identity: Identity::load_or_create(path)?, ..network },
+            None => network,
+        })
+    }
+
     pub(super) fn join_timeout(&self) -> Duration {
         Duration::from_secs(self.join_timeout)
     }

@@ -84,6 +84,7 @@ async fn start(args: &DemoArgs, scratch: &Path, processes: &mut Processes) -> an
         dtype,
         head_quant: Quant::Auto,
         threads: None,
+        identity_path: None,
     };
     let local = load_model(&swarm).await?;
     check_template(&local)?;

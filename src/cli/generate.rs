@@ -7,7 +7,7 @@ use clap::Args;
 use libp2p::PeerId;
 
 use super::{
-    arguments::{SwarmArgs, Usage, client_network, count, seconds},
+    arguments::{SwarmArgs, Usage, count, seconds},
     output::{Display, Shown, say, summary},
     signals::Signals,
 };
@@ -175,6 +175,7 @@ impl GenerationArgs {
             ignore_eos: self.ignore_eos,
             prefill_chunk: self.prefill_chunk,
             wait: Duration::from_secs(self.wait),
+            ..GenerationOptions::default()
         })
     }
 
@@ -207,7 +208,7 @@ async fn find_model(args: &SwarmArgs) -> anyhow::Result<(ModelSource, ModelIdent
 /// Joins the swarm of a model only to look at it: nothing of the model is loaded.
 pub(super) async fn observe(args: &SwarmArgs) -> anyhow::Result<Observer> {
     let (source, identity) = find_model(args).await?;
-    let network = client_network(&args.peers)?;
+    let network = args.network()?;
     Ok(Observer::connect(identity, source.spec().num_blocks(), network, args.join_timeout()).await?)
 }
 
@@ -232,7 +233,7 @@ pub(super) async fn connect_with(
     model: Arc<LocalModel>,
     patience: Patience,
 ) -> anyhow::Result<Client> {
-    Ok(Client::connect(model, client_network(&args.peers)?, patience, args.join_timeout()).await?)
+    Ok(Client::connect(model, args.network()?, patience, args.join_timeout()).await?)
 }
 
 /// Does `work` with a client and leaves the swarm, however the work ended: the hops are told that its sessions are over, and

@@ -108,6 +108,10 @@ pub(super) struct ServeArgs {
     /// What to keep in memory of what sessions sent on, bytes: it is told to the peer that takes a lost next hop's place.
     #[arg(long, value_name = "BYTES", default_value_t = SessionSettings::default().history_bytes)]
     history_bytes: usize,
+    /// How long to keep what sessions have left for others of the same client that start with the same tokens, seconds: where sessions
+    /// need the room, it goes sooner.
+    #[arg(long, value_name = "SECONDS", default_value_t = SessionSettings::default().prefix_idle.as_secs(), value_parser = seconds(1))]
+    prefix_idle: u64,
     /// How long to serve sessions that find no other peer when the node is asked to stop, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = seconds(0))]
     drain_timeout: u64,
@@ -285,6 +289,7 @@ async fn prepare(args: &ServeArgs) -> anyhow::Result<(ModelSource, NodeOptions, 
             max_sessions: args.max_sessions,
             step_deadline: Duration::from_secs(args.step_deadline),
             history_bytes: args.history_bytes,
+            prefix_idle: Duration::from_secs(args.prefix_idle),
             ..SessionSettings::default()
         },
         beginning: args.listen.beginning(),

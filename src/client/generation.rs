@@ -13,7 +13,7 @@ use self::sample::{Now, Sample, Told};
 use super::{
     Client, ClientError, Work,
     sampling::SamplingOptions,
-    session::{Input, Recovery, Route, Session, Step, StepAnswer, Want},
+    session::{Input, Prompt, Recovery, Route, Session, Step, StepAnswer, Want},
 };
 use crate::{engine::LaneRun, swarm::ticket::SessionLimits};
 
@@ -35,6 +35,9 @@ pub struct GenerationOptions {
     pub prefill_chunk: usize,
     /// How long to wait for a swarm that is not complete.
     pub wait: Duration,
+    /// Whose generation it is, among those of this client. The hops compute a prompt's beginning once for all generations of one tenant
+    /// that share it, and no other tenant's can tell. `None`: nothing is shared, nor kept for others.
+    pub tenant: Option<String>,
 }
 
 impl Default for GenerationOptions {
@@ -46,6 +49,7 @@ impl Default for GenerationOptions {
             ignore_eos: false,
             prefill_chunk: 128,
             wait: Duration::ZERO,
+            tenant: Some(String::new()),
         }
     }
 }
@@ -94,6 +98,16 @@ pub struct Usage {
     pub prompt_tokens: usize,
     /// Generated.
     pub completion_tokens: usize,
+    /// Of the prompt's, where some were there already.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_tokens_details: Option<PromptTokens>,
+}
+
+/// How the prompt's tokens were had.
+#[derive(Debug, Clone, Serialize)]
+pub struct PromptTokens {
+    /// The hops held them from an earlier generation.
+    pub cached_tokens: usize,
 }
 
 /// How long it took.
@@ -284,21 +298,25 @@ impl Client {
             max_in_flight: CHUNKS_IN_FLIGHT,
             max_step_tokens: chunk.min(room).max(count) as u32,
         };
-        let mut conversation = match kept.take().filter(|kept| kept.session.limits() == limits) {
-            Some(conversation) => conversation,
+        // Where positions depend on the length, what is held was computed for another one.
+        let depends_on_length = self.model().spec().length_class(1) > 0;
+        let (mut conversation, start) = match kept.take().filter(|kept| kept.session.limits() == limits) {
+            Some(conversation) => {
+                let start = if depends_on_length { 0 } else { conversation.shared(prompt_ids) };
+                (conversation, start)
+            }
             None => {
                 let work = Work { prompt: prompt_ids.len(), chunk, tokens: longest - prompt_ids.len() };
-                let (session, _) = self.open_session_for(work, limits, options.wait).await?;
-                Conversation { session, ids: Vec::new() }
+                let prompt = options.tenant.as_deref().map(|tenant| Prompt { tenant, ids: prompt_ids });
+                let (session, _) = self.open_session_with(work, limits, options.wait, prompt).await?;
+                let start = session.held();
+                (Conversation { session, ids: Vec::new() }, start)
             }
         };
         let route_time = started.elapsed();
         on_event(0, GenerationEvent::Route { route: entries(&conversation.session.route()) });
         let mut recoveries = 0;
 
-        // Where positions depend on the length, what is held was computed for another one.
-        let depends_on_length = self.model().spec().length_class(1) > 0;
-        let start = if depends_on_length { 0 } else { conversation.shared(prompt_ids) };
         let session = &mut conversation.session;
         let prompt = Chunks { ids: prompt_ids, start, size: chunk, lane: 0 };
         let answer = self.prefill(session, prompt, &mut None).await?;
@@ -351,6 +369,7 @@ impl Client {
 
         let told = Told {
             prompt_ids,
+            cached: start,
             route_time,
             total: started.elapsed(),
             route: entries(&session.route()),

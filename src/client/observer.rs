@@ -334,6 +334,11 @@ impl Observer {
         known.retain(|_, (_, at)| at.elapsed() < VIEW_LIFETIME);
     }
 
+    /// The round trip to a peer, as it was last measured.
+    pub(crate) fn rtt(&self, peer: PeerId) -> Option<Duration> {
+        self.measured.lock().unwrap_or_else(PoisonError::into_inner).get(&peer).map(|(rtt, _)| *rtt)
+    }
+
     /// Forgets what was measured of a peer, so that it is asked again.
     pub(crate) fn forget(&self, peer: PeerId) {
         self.measured.lock().unwrap_or_else(PoisonError::into_inner).remove(&peer);

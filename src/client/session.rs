@@ -12,6 +12,7 @@ mod lanes;
 mod moving;
 mod opening;
 mod plan;
+mod prefix;
 mod repair;
 
 use std::{
@@ -23,11 +24,12 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use libp2p::PeerId;
 
-pub use self::{error::SessionError, repair::Recovery};
+pub use self::{error::SessionError, prefix::Prompt, repair::Recovery};
 use self::{
     handing::Handing,
     moving::Moves,
     opening::HopLink,
+    prefix::Prefix,
     repair::{Repairs, Telling},
 };
 use super::{
@@ -228,6 +230,7 @@ pub struct Session {
     telling: Option<Telling>,
     /// Something went wrong where nobody could wait for a repair.
     broken: Option<SessionError>,
+    prefix: Prefix,
 }
 
 impl Session {
@@ -476,6 +479,9 @@ impl Session {
         };
         let number = sent.header.number;
         let rows = sent.input.count();
+        if let Some(run) = sent.header.lanes.iter().find(|run| run.lane == 0) {
+            self.prefix.is_filled(&self.client, &self.hops, (run.position + u64::from(run.tokens)) as usize);
+        }
         self.sent.pop_front();
         if self.confirmed == 0 {
             self.hops.iter().for_each(|hop| self.client.succeeded(hop.peer));
@@ -594,9 +600,12 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        for hop in self.hops.iter().chain(self.handing.leaving()) {
+        let keys = self.keys_at_close();
+        let leaving = self.handing.leaving().map(|hop| (hop, proto::Close::default()));
+        let hops = self.hops.iter().enumerate().map(|(index, hop)| (hop, self.closing(index, &keys)));
+        for (hop, close) in hops.chain(leaving) {
             // A hop that is gone has closed it already.
-            let _ = self.send_to(hop, proto::frame::Body::Close(proto::Close {}), Bytes::new());
+            let _ = self.send_to(hop, proto::frame::Body::Close(close), Bytes::new());
         }
     }
 }

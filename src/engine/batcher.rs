@@ -128,13 +128,13 @@ impl Batcher {
             let mut index = 0;
             while index < self.waiting.len() {
                 let pending = &mut self.waiting[index];
-                let table = &pending.job.cache.table;
-                let needed = table.needed(&pending.job.lanes, &state.pages);
+                let (table, runs) = (&pending.job.cache.table, &pending.job.lanes);
                 if table.claim() != claim {
                     index += 1;
                     continue;
                 }
-                let pages = if needs_wait && needed > 0 { None } else { state.pages.take(claim, needed) };
+                let must_wait = needs_wait && table.needed(runs, &state.pages) > 0;
+                let pages = if must_wait { None } else { state.pages_for(table, runs) };
                 let Some(pages) = pages else {
                     pending.starved = true;
                     needs_wait = true;
@@ -365,7 +365,7 @@ fn pieces(lanes: &[LaneRun], first: usize, count: usize) -> impl Iterator<Item =
 pub(super) fn cache_full(state: &DeskState, job: &Job) -> StepError {
     StepError::CacheFull {
         needed_tokens: job.cache.table.needed(&job.lanes, &state.pages).saturating_mul(PAGE_TOKENS),
-        free_tokens: state.pages.free() * PAGE_TOKENS,
+        free_tokens: state.pages.available() * PAGE_TOKENS,
         total_tokens: state.pages.total() * PAGE_TOKENS,
     }
 }

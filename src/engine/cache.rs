@@ -12,17 +12,19 @@ use std::{
 };
 
 use super::{
+    hidden::HiddenStates,
     job::{Job, Owner, StepError},
-    lanes::LaneTable,
-    pages::{PAGE_TOKENS, PageId, PagePool},
+    kept::{KeptPages, NewPage, PageKey},
+    lanes::{LaneRun, LaneTable},
+    pages::{Claim, PAGE_TOKENS, PageId, PagePool},
     snapshot::Transfer,
 };
 
 /// The KV cache of one session, for some blocks of the span: its lanes and the pages that they hold.
 ///
 /// It is empty at first, grows with the session's steps, and gives its pages back when it is dropped. Lanes that are
-/// copied, and prefixes that are shared between sessions, refer to the same pages until one of them is written to: a
-/// copy costs nothing, and what several hold counts once in the pool.
+/// copied, and prefixes that are shared between sessions ([`Cache::keep_prefix`]), refer to the same pages until one of them is
+/// written to: a copy costs nothing, and what several hold counts once in the pool.
 pub struct Cache {
     pub(super) desk: Arc<Desk>,
     pub(super) table: LaneTable,
@@ -75,33 +77,51 @@ impl Cache {
         self.desk.give_back(superfluous);
     }
 
-    /// A handle to the pages of the first `tokens` tokens of a lane, or of all that it has if they are fewer; of these the
-    /// pages that are full. They stay as they are for as long as the handle lives, whatever becomes of this session.
-    pub fn share_prefix(&self, lane: u32, tokens: usize) -> SharedPages {
-        let full = tokens.min(self.end(lane)) / PAGE_TOKENS;
-        let pages = self.table.pages(lane)[..full].to_vec();
-        self.desk.lock().pages.share(&pages);
-        SharedPages { desk: self.desk.clone(), blocks: self.blocks(), pages }
+    /// Which of these pages nobody has kept yet.
+    pub fn not_kept(&self, keys: &[PageKey]) -> Vec<bool> {
+        let state = self.desk.lock();
+        keys.iter().map(|key| !state.kept.contains(key)).collect()
     }
 
-    /// Makes `lane` begin with a prefix that another session has computed: it holds these tokens, and nothing else.
+    /// Keeps the first pages of a lane for sessions to come, as far as they are full: page by page under these names, with the
+    /// rows of some of them that the tokens came out as, where somebody may want them again. What is kept already stays as it is.
     ///
-    /// Whether the prefix is right for this session is for the caller to know: it must be of the same token ids, in the
-    /// same wire dtype, with positions taken for the same length where they depend on one, and from the same inputs:
-    /// a span's keys depend on all blocks in front of it.
+    /// Whether the names are right is for the caller to know, who makes them ([`PageKey`]). Pages that are kept are never in the
+    /// way: they go, the least recently used of the owner that has most first, as soon as a step needs their room.
+    pub fn keep_prefix(&self, lane: u32, keys: &[PageKey], rows: Vec<(usize, HiddenStates)>) {
+        let full = self.end(lane) / PAGE_TOKENS;
+        let mut state = self.desk.lock();
+        let DeskState { pages, kept, .. } = &mut *state;
+        let mut rows: BTreeMap<usize, HiddenStates> = rows.into_iter().collect();
+        let named: Vec<(PageKey, NewPage)> = keys
+            .iter()
+            .zip(&self.table.pages(lane)[..full])
+            .enumerate()
+            .map(|(index, (key, page))| (*key, NewPage { page: *page, rows: rows.remove(&index) }))
+            .collect();
+        kept.keep(self.owner, named, Instant::now(), pages);
+    }
+
+    /// Makes `lane` hold as many of these pages, from the first on, as are kept, and nothing else. Returns the rows that were kept
+    /// with each. New sessions' watermark holds: what is left for others may end the prefix early.
     ///
-    /// # Errors
-    /// The pages are another engine's, or of other blocks. The lane stays as it was.
-    pub fn adopt(&mut self, lane: u32, prefix: &SharedPages) -> Result<(), AdoptError> {
-        if !Arc::ptr_eq(&self.desk, &prefix.desk) {
-            return Err(AdoptError::OtherEngine);
-        }
-        if self.blocks.start < prefix.blocks.start || prefix.blocks.end < self.blocks.end {
-            return Err(AdoptError::OtherBlocks { held: prefix.blocks.clone(), wanted: self.blocks() });
-        }
-        let superfluous = self.table.adopt(lane, &prefix.pages, &mut self.desk.lock().pages);
+    /// Whether the prefix is right for this session is for the caller to know, who makes the names ([`PageKey`]).
+    pub fn adopt_prefix(&mut self, lane: u32, keys: &[PageKey]) -> Vec<Option<HiddenStates>> {
+        let mut state = self.desk.lock();
+        let DeskState { pages, kept, .. } = &mut *state;
+        let mut spare = pages.available().saturating_sub(pages.reserve(Claim::New));
+        let found = kept.find(keys).take_while(|found| {
+            let is_taken = pages.is_idle(found.page);
+            let fits = !is_taken || spare > 0;
+            spare -= usize::from(is_taken && fits);
+            fits
+        });
+        let (ids, rows): (Vec<PageId>, Vec<_>) = found.map(|found| (found.page, found.rows.clone())).unzip();
+        kept.used(&keys[..ids.len()], Instant::now());
+        let superfluous = self.table.adopt(lane, &ids, pages);
+        drop(state);
         self.desk.give_back(superfluous);
-        Ok(())
+        rows
     }
 }
 
@@ -116,56 +136,6 @@ impl Drop for Cache {
         self.desk.lock().stepped.remove(&self.number);
         self.desk.give_back(self.table.clear());
     }
-}
-
-/// Pages with a prefix of some session's lane, kept for others. Dropping it gives the pages back.
-pub struct SharedPages {
-    desk: Arc<Desk>,
-    blocks: Range<usize>,
-    pages: Vec<PageId>,
-}
-
-impl SharedPages {
-    /// Tokens that the pages hold.
-    pub fn tokens(&self) -> usize {
-        self.pages.len() * PAGE_TOKENS
-    }
-
-    /// The blocks whose keys and values they hold.
-    pub fn blocks(&self) -> Range<usize> {
-        self.blocks.clone()
-    }
-}
-
-impl fmt::Debug for SharedPages {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SharedPages").field("blocks", &self.blocks).field("pages", &self.pages).finish_non_exhaustive()
-    }
-}
-
-impl Drop for SharedPages {
-    fn drop(&mut self) {
-        self.desk.give_back(self.pages.drain(..));
-    }
-}
-
-/// Why a session can't take over a prefix.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum AdoptError {
-    /// Pages lie in one engine.
-    #[error("the prefix's pages belong to another engine: only sessions of the engine that computed them can use them")]
-    OtherEngine,
-    /// The session runs through blocks that the prefix didn't.
-    #[error(
-        "the prefix holds keys and values of blocks {}:{}, and the session runs through {}:{}",
-        held.start, held.end, wanted.start, wanted.end
-    )]
-    OtherBlocks {
-        /// What the prefix holds.
-        held: Range<usize>,
-        /// What the session needs.
-        wanted: Range<usize>,
-    },
 }
 
 /// Where steps are handed in, and where the pages are kept.
@@ -189,6 +159,7 @@ pub(super) struct DeskState {
     /// Pages to be read or written between passes; a session has no more than one such job at a time.
     pub(super) transfers: VecDeque<Transfer>,
     pub(super) pages: PagePool,
+    pub(super) kept: KeptPages,
     /// Steps that haven't begun; never more than the engine's limit, which bounds `arrivals`, too.
     pub(super) queued: usize,
     /// Of each owner that has any.
@@ -217,6 +188,25 @@ pub(super) struct Counts {
 }
 
 impl DeskState {
+    /// Pages for a step, [`LaneTable::needed`] many, or none. What is kept for sessions to come makes room for them.
+    pub(super) fn pages_for(&mut self, table: &LaneTable, runs: &[LaneRun]) -> Option<Vec<PageId>> {
+        let found = self.take_pages(table.claim(), table.needed(runs, &self.pages));
+        if found.is_some() {
+            return found;
+        }
+        // A page that is kept and not idle is copied before it is written to. That, too, mustn't be in anybody's way.
+        let copied = table.copied(runs, &self.pages);
+        let was_kept = copied.into_iter().filter(|page| self.kept.give_up(*page, &mut self.pages)).count() > 0;
+        if was_kept { self.take_pages(table.claim(), table.needed(runs, &self.pages)) } else { None }
+    }
+
+    fn take_pages(&mut self, claim: Claim, count: usize) -> Option<Vec<PageId>> {
+        if self.pages.has(claim, count) {
+            self.kept.make_room(count, &mut self.pages);
+        }
+        self.pages.take(claim, count)
+    }
+
     /// Counts a step that waits, where `limit` may.
     pub(super) fn enter(&mut self, owner: Owner, limit: usize) -> Result<(), StepError> {
         let of_owner = self.queued_by.get(&owner).copied().unwrap_or(0);
@@ -264,11 +254,13 @@ pub(super) struct Pending {
 }
 
 impl Desk {
-    pub(super) fn new(pages: u32) -> Self {
+    /// With so many pages, and room for so many bytes of rows of those that are kept.
+    pub(super) fn new(pages: u32, kept_bytes: usize) -> Self {
         let state = DeskState {
             arrivals: VecDeque::new(),
             transfers: VecDeque::new(),
             pages: PagePool::new(pages),
+            kept: KeptPages::new(kept_bytes),
             queued: 0,
             queued_by: BTreeMap::new(),
             stepped: BTreeMap::new(),

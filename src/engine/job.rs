@@ -102,7 +102,7 @@ pub enum StepError {
     CacheFull {
         /// Room that the step needs, in whole pages.
         needed_tokens: usize,
-        /// Room in pages that nobody holds.
+        /// Room in pages that no session holds.
         free_tokens: usize,
         /// The cache's size.
         total_tokens: usize,

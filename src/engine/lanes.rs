@@ -110,6 +110,11 @@ impl LaneTable {
         self.needed_with(runs, |page| pool.references(page))
     }
 
+    /// The pages that `runs` get copies of, because others refer to them.
+    pub(super) fn copied(&self, runs: &[LaneRun], pool: &PagePool) -> Vec<PageId> {
+        self.to_replace(runs, |page| pool.references(page)).into_iter().map(|replaced| replaced.page).collect()
+    }
+
     /// Whether `runs` could get their pages if the session had the pool for itself.
     pub(super) fn could_ever(&self, runs: &[LaneRun], pool: &PagePool) -> bool {
         if pool.has(self.claim(), self.needed(runs, pool)) {

@@ -85,6 +85,11 @@ fn step(engine: &Engine, cache: Cache, lanes: &[LaneRun]) -> Answer {
 }
 
 /// A session that holds `tokens` tokens.
+/// Names of as many pages.
+fn names(pages: u8) -> Vec<PageKey> {
+    (0..pages).map(|page| PageKey([page; 32])).collect()
+}
+
 fn session(engine: &Engine, tokens: usize) -> Cache {
     let (cache, result) = step(engine, engine.cache(engine.span()).unwrap(), &[run(0, 0, tokens)]);
     result.unwrap();
@@ -431,14 +436,17 @@ fn copied_lanes_give_what_lanes_of_their_own_give() {
 
         cache.drop_lane(1);
         cache.drop_lane(2);
-        let prefix = cache.share_prefix(3, 39);
+        cache.keep_prefix(3, &names(9), Vec::new());
         drop(cache);
-        assert_eq!((prefix.tokens(), engine.load_now().cache_tokens_left), (32, 512 - 32));
+        let load = engine.load_now();
+        assert_eq!((load.cache_tokens_kept, load.cache_tokens_left), (48, 512), "49 tokens fill three pages");
         let mut cache = engine.cache(0..2).unwrap();
-        cache.adopt(5, &prefix).unwrap();
-        drop(prefix);
+        cache.adopt_prefix(5, &names(9));
+        assert_eq!((cache.end(5), engine.load_now().cache_tokens_left), (48, 512 - 48));
+        engine.forget_prefixes(Instant::now() + PATIENCE);
+        assert_eq!(engine.load_now().cache_tokens_left, 512 - 48);
         drop(cache);
-        assert_eq!(engine.load_now().cache_tokens_left, 512);
+        assert_eq!((engine.load_now().cache_tokens_kept, engine.load_now().cache_tokens_left), (0, 512));
     }
 }
 
@@ -446,9 +454,12 @@ fn copied_lanes_give_what_lanes_of_their_own_give() {
 fn a_session_goes_on_behind_another_ones_prefix() {
     let engine = load(options(0..3));
     let (_, whole) = outputs(&engine, engine.cache(0..3).unwrap(), &[vec![run(0, 0, 40)]]);
-    let prefix = session(&engine, 40).share_prefix(0, 40);
+    let kept = vec![(1, rows(16))];
+    session(&engine, 40).keep_prefix(0, &names(2), kept);
+    assert_eq!(engine.load_now().kept_bytes, 16 * 256);
     let mut cache = engine.cache(0..3).unwrap();
-    cache.adopt(0, &prefix).unwrap();
+    let found = cache.adopt_prefix(0, &names(2));
+    assert!(found[0].is_none() && found[1].as_ref().unwrap().bytes == rows(16).bytes);
     // The rest of the same rows; then back into the shared pages, which stay as they are for the next session.
     for _ in 0..2 {
         let (mut rest, answers) = job(cache, &[run(0, 20, 20)]);
@@ -458,7 +469,7 @@ fn a_session_goes_on_behind_another_ones_prefix() {
         assert_eq!(result.unwrap().hidden.bytes, whole[0][20 * 256..]);
         drop(back);
         cache = engine.cache(0..3).unwrap();
-        cache.adopt(0, &prefix).unwrap();
+        assert_eq!(cache.adopt_prefix(0, &names(4)).len(), 2);
     }
 }
 

@@ -8,6 +8,7 @@
 
 mod handover;
 mod lanes;
+mod prefix;
 mod replay;
 mod takeover;
 
@@ -24,7 +25,12 @@ use libp2p::PeerId;
 use tokio::sync::Notify;
 
 pub(crate) use self::replay::Counts;
-use self::{handover::Handing, replay::Replaying, takeover::Taking};
+use self::{
+    handover::Handing,
+    prefix::Prefix,
+    replay::{Kept, Replaying, StepOfHistory},
+    takeover::Taking,
+};
 use super::{
     border::{self, Refusal},
     held::{HeldBytes, HeldPermit},
@@ -97,6 +103,7 @@ struct Inner {
     handing: Option<Handing>,
     /// The state of another hop's session is on its way here.
     taking: Option<Taking>,
+    prefix: Prefix,
     /// The route has changed, and the client has not said yet what the next hop has: outputs are kept, and stay here.
     is_paused: bool,
     /// The epoch in which the client said it.
@@ -164,6 +171,7 @@ impl HopSession {
             inner: Mutex::new(Inner {
                 log,
                 replaying: Replaying::default(),
+                prefix: Prefix::default(),
                 handing: None,
                 // What was sent on before is sent again where the client says so.
                 is_paused: taking.is_some(),
@@ -205,6 +213,7 @@ impl HopSession {
         if ticket.epoch > inner.log.epoch() {
             inner.log.reopen(ticket.epoch);
             inner.replaying.reroute();
+            inner.prefix.stop();
             inner.is_paused = true;
             inner.handing = None;
             self.changed.notify_waiters();
@@ -329,6 +338,7 @@ impl HopSession {
                 let rows: u64 = reply.step.lanes.iter().map(|run| u64::from(run.tokens)).sum();
                 self.counts.tokens.fetch_add(rows, Ordering::Relaxed);
                 self.remember(&mut inner, number, &reply.of_history(), &reply.output);
+                self.keep_what_is_full(&mut inner, &reply.of_history());
                 self.applied(inner, reply);
             }
             Err(error) => {
@@ -430,6 +440,7 @@ impl HopSession {
             applied: inner.log.last_applied(),
             whole: inner.replaying.history.is_whole() && inner.log.keeps_unconfirmed(),
             filling: inner.replaying.is_filling() || inner.taking.is_some(),
+            prefix_tokens: inner.prefix.held() as u64,
         }
     }
 

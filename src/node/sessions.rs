@@ -31,6 +31,7 @@ use crate::{
         Frame, Link, Service, WeakSwarm,
         announcement::{Announcement, unix_ms},
         drain,
+        prefix::PrefixNames,
         proto::{rpc, session as proto},
         ticket::{SessionId, Ticket},
     },
@@ -54,6 +55,8 @@ pub struct SessionSettings {
     pub reconnect_grace: Duration,
     /// How long a session may be silent.
     pub idle: Duration,
+    /// How long the pages that sessions leave for others are kept unused, where nobody needs their room sooner.
+    pub prefix_idle: Duration,
 }
 
 impl Default for SessionSettings {
@@ -66,6 +69,7 @@ impl Default for SessionSettings {
             step_deadline: Duration::from_secs(30),
             reconnect_grace: Duration::from_secs(15),
             idle: Duration::from_secs(600),
+            prefix_idle: Duration::from_secs(600),
         }
     }
 }
@@ -221,6 +225,9 @@ impl Sessions {
 
     /// Ends the sessions that have outlived their clients.
     pub(crate) fn sweep(&self, now: Instant) {
+        if let (Some(host), Some(before)) = (self.host.get(), now.checked_sub(self.settings.prefix_idle)) {
+            host.engine.forget_prefixes(before);
+        }
         let over: Vec<_> = self
             .lock()
             .iter()
@@ -392,17 +399,20 @@ impl Sessions {
         }
     }
 
-    fn close(&self, link: &Link, header: &proto::Frame) {
+    fn close(&self, link: &Link, header: &proto::Frame, close: &proto::Close) {
         let Some(id) = SessionId::from_wire(&header.session) else { return };
         let mut sessions = self.lock();
         match sessions.get(&id) {
             Some(slot) if slot.client == link.peer() => {
-                if let Some(session) = &slot.session {
-                    tracing::debug!(session = %id, "session closed by its client");
-                    session.close();
-                }
+                let session = slot.session.clone();
                 sessions.remove(&id);
                 self.early().take(id);
+                drop(sessions);
+                if let Some(session) = session {
+                    tracing::debug!(session = %id, "session closed by its client");
+                    session.keep_at_close(close);
+                    session.close();
+                }
                 self.ended.notify_waiters();
             }
             Some(_) => {
@@ -437,8 +447,10 @@ impl Sessions {
             .map_err(|error| Refusal::new(Code::BadTicket, format!("the next hop's announcement: {error}")))?;
         host.hosted.check_ticket(&ticket, link.peer(), next.as_ref())?;
         let next = next.filter(|next| next.peer_id == ticket.downstream);
+        let prefix = open.prefix.as_ref().map(PrefixNames::from_wire).transpose();
+        let prefix = prefix.map_err(|error| Refusal::new(Code::BadTicket, error.to_string()))?;
         self.take_slot(&ticket)?;
-        Ok(Opening { ticket, next })
+        Ok(Opening { ticket, next, prefix, adopt_prefix: open.adopt_prefix })
     }
 
     fn take_slot(&self, ticket: &Ticket) -> Result<(), Refusal> {
@@ -505,7 +517,7 @@ impl Sessions {
     /// `None` where a newer ticket was shown meanwhile: its opening has the slot, and answers.
     async fn finish_open(&self, link: &Link, opening: Opening) -> Result<Option<proto::Opened>, Refusal> {
         use proto::Code;
-        let Opening { ticket, next } = opening;
+        let Opening { ticket, next, prefix, adopt_prefix } = opening;
         let Some(host) = self.host.get() else {
             return Err(Refusal::new(Code::Busy, "this node is still loading its blocks"));
         };
@@ -541,6 +553,9 @@ impl Sessions {
                     };
                     let session = HopSession::new(ticket, links, means, now)
                         .map_err(|error| Refusal::new(Code::WrongBlocks, error.to_string()))?;
+                    if let Some(prefix) = &prefix {
+                        session.begin_with(prefix, adopt_prefix);
+                    }
                     tracing::debug!(session = %id, client = %slot.client, "session opened");
                     slot.session.insert(Arc::new(session)).clone()
                 }
@@ -574,6 +589,9 @@ impl Sessions {
             tokens_replayed: self.counts.tokens_replayed.load(Ordering::Relaxed),
             bytes_replayed: self.counts.bytes_replayed.load(Ordering::Relaxed),
             history_bytes: self.history_bytes.held() as u64,
+            prefix_tokens_reused: self.counts.prefix_tokens_reused.load(Ordering::Relaxed),
+            prefix_tokens_kept: load.map_or(0, |load| load.cache_tokens_kept as u64),
+            prefix_bytes: load.map_or(0, |load| load.kept_bytes as u64),
             tokens_taken_over: self.counts.tokens_taken_over.load(Ordering::Relaxed),
             bytes_taken_over: self.counts.bytes_taken_over.load(Ordering::Relaxed),
         }
@@ -590,6 +608,9 @@ struct Origin<'a> {
 struct Opening {
     ticket: Ticket,
     next: Option<Announcement>,
+    /// What a new session begins with.
+    prefix: Option<PrefixNames>,
+    adopt_prefix: bool,
 }
 
 /// The link to the next hop. Why it can't be had is for this node's log: a stranger could ask about any address by it.
@@ -627,7 +648,7 @@ impl Service for NodeService {
                 }
                 Err(refusal) => sessions.refuse(link, &header, refusal, 0),
             },
-            Some(Body::Close(_)) => sessions.close(link, &header),
+            Some(Body::Close(close)) => sessions.close(link, &header, &close),
             Some(Body::Ping(ping)) => {
                 let body = Some(Body::Pong(proto::Pong { nonce: ping.nonce }));
                 if link.send(Frame { header: proto::Frame { body, ..header }, payload: Bytes::new() }).is_err() {

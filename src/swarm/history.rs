@@ -125,6 +125,18 @@ impl<T: Rows> History<T> {
         })
     }
 
+    /// These rows of a lane, in pieces; `None` where not all of them are there.
+    pub fn rows(&self, lane: u32, wanted: Range<usize>) -> Option<Vec<T>> {
+        let segments = self.lanes.get(&lane)?;
+        let first = segments.partition_point(|segment| segment.end() <= wanted.start);
+        let parts = segments[first..].iter().take_while(|segment| segment.position < wanted.end).map(|segment| {
+            let start = wanted.start.max(segment.position);
+            segment.rows.slice(start - segment.position..wanted.end.min(segment.end()) - segment.position)
+        });
+        let parts: Vec<T> = parts.collect();
+        (parts.iter().map(T::count).sum::<usize>() == wanted.len()).then_some(parts)
+    }
+
     /// Forgets everything, for good.
     pub fn forget(&mut self) {
         self.lanes.clear();
@@ -276,6 +288,17 @@ mod tests {
             std::iter::from_fn(|| history.next(&mut cursor, 9, 9)).map(|part| (part.length_class, part.count)).collect()
         };
         assert_eq!(classes, [(5, 2), (6, 1)]);
+    }
+
+    #[test]
+    fn rows_are_found_by_their_positions() {
+        let mut history = History::default();
+        for (step, rows) in [vec![0, 1, 2], vec![3], vec![4, 5]].into_iter().enumerate() {
+            history.keep(place(step as u64 + 1, rows[0] as usize), rows);
+        }
+        assert_eq!(history.rows(0, 1..5), Some(vec![vec![1, 2], vec![3], vec![4]]));
+        assert_eq!(history.rows(0, 0..6).map(|parts| parts.concat()), Some(vec![0, 1, 2, 3, 4, 5]));
+        assert_eq!((history.rows(0, 4..7), history.rows(1, 0..1)), (None, None));
     }
 
     #[test]

@@ -26,8 +26,8 @@ const MAX_KEY_FILE_BYTES: u64 = 4096;
 #[derive(Debug)]
 pub struct Identity {
     keypair: Keypair,
-    /// Held, not read: dropping it gives the identity back.
-    _lock: Option<File>,
+    /// Dropping it gives the identity back.
+    lock: Option<File>,
 }
 
 /// Why an identity could not be loaded or made.
@@ -78,7 +78,7 @@ pub enum IdentityError {
 impl Identity {
     /// An identity that lives as long as this value, for clients and tests.
     pub fn ephemeral() -> Self {
-        Self { keypair: Keypair::generate_ed25519(), _lock: None }
+        Self { keypair: Keypair::generate_ed25519(), lock: None }
     }
 
     /// Loads the identity in `path`, or makes one there (mode 0600, parent directories included) if there is no such file,
@@ -99,11 +99,11 @@ impl Identity {
     pub fn load(path: &Path) -> Result<Self, IdentityError> {
         let (keypair, file) = read_key(path)?;
         match file.try_lock() {
-            Ok(()) => Ok(Self { keypair, _lock: Some(file) }),
+            Ok(()) => Ok(Self { keypair, lock: Some(file) }),
             Err(TryLockError::WouldBlock) => Err(IdentityError::InUse { path: path.to_owned() }),
             Err(TryLockError::Error(source)) if source.kind() == io::ErrorKind::Unsupported => {
                 tracing::warn!(path = %path.display(), "this file system has no locks: make sure that only one process uses this identity");
-                Ok(Self { keypair, _lock: Some(file) })
+                Ok(Self { keypair, lock: Some(file) })
             }
             Err(TryLockError::Error(source)) => {
                 Err(IdentityError::Io { action: "lock", path: path.to_owned(), source })
@@ -114,7 +114,7 @@ impl Identity {
     /// Reads the identity in `path` without the lock: to look at it while a node runs with it.
     pub fn read(path: &Path) -> Result<Self, IdentityError> {
         let (keypair, _file) = read_key(path)?;
-        Ok(Self { keypair, _lock: None })
+        Ok(Self { keypair, lock: None })
     }
 
     /// Makes a new identity in `path`, which must not exist, and locks it.
@@ -126,6 +126,11 @@ impl Identity {
     /// The hash of the public key: this peer's name in the swarm.
     pub fn peer_id(&self) -> PeerId {
         self.keypair.public().to_peer_id()
+    }
+
+    /// Whether it came from a file and is this process's: other runs had it before, or will have it.
+    pub fn is_stored(&self) -> bool {
+        self.lock.is_some()
     }
 
     /// The key pair itself, to sign with.

@@ -127,7 +127,7 @@ pub enum TicketError {
 }
 
 impl Ticket {
-    /// Signs the ticket with the client's key. `next` stays empty.
+    /// Signs the ticket with the client's key. Everything else of the frame stays empty.
     ///
     /// # Errors
     /// Where the key can't sign, which an ed25519 key always can.
@@ -158,7 +158,7 @@ impl Ticket {
             ticket: ticket.into(),
             public_key: key.public().encode_protobuf().into(),
             signature: signature.into(),
-            next: None,
+            ..Default::default()
         })
     }
 

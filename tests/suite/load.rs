@@ -15,7 +15,8 @@ use std::{
 use bytes::Bytes;
 use helion::{
     engine::{
-        Cache, Engine, EngineOptions, HiddenStates, Job, Keep, LaneRun, Owner, SharedPages, StepError, StepOutput,
+        Cache, Engine, EngineOptions, HiddenStates, Job, Keep, LaneRun, Owner, PAGE_TOKENS, PageKey, StepError,
+        StepOutput,
     },
     model::{Dtype, checkpoint::Checkpoint},
 };
@@ -164,7 +165,17 @@ fn verify(records: Vec<Record>, idle: &Engine) {
 }
 
 /// Prefixes that sessions left for others.
-type Prefixes = Mutex<Vec<(SharedPages, Vec<u64>)>>;
+type Prefixes = Mutex<Vec<Vec<u64>>>;
+
+/// The names of the full pages of these.
+fn names(ids: &[u64]) -> Vec<PageKey> {
+    let ends = (1..=ids.len() / PAGE_TOKENS).map(|pages| &ids[..pages * PAGE_TOKENS]);
+    ends.map(|ids| {
+        let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+        PageKey(*blake3::hash(&bytes).as_bytes())
+    })
+    .collect()
+}
 
 /// One session after another, until the time is over: prompts, tokens, lanes that are copied, steps back, pauses, and an end
 /// that nobody sees coming.
@@ -175,11 +186,13 @@ fn come_and_go(engine: &Engine, prefixes: &Prefixes, owner: u64, until: Instant)
         let mut session = Session { deadline: DEADLINE, ..Session::new(engine, owner) };
         let mut first = rng.random_range(1..200);
         if rng.random_bool(0.3)
-            && let Some((pages, ids)) = prefixes.lock().unwrap().last()
+            && let Some(ids) = prefixes.lock().unwrap().last()
         {
-            session.cache.as_mut().unwrap().adopt(0, pages).unwrap();
-            session.lanes.insert(0, ids.clone());
-            first = rng.random_range(1..20);
+            let pages = session.cache.as_mut().unwrap().adopt_prefix(0, &names(ids)).len();
+            if pages > 0 {
+                session.lanes.insert(0, ids[..pages * PAGE_TOKENS].to_vec());
+                first = rng.random_range(1..20);
+            }
         }
         let start = session.lanes.get(&0).map_or(0, Vec::len);
         let mut runs = vec![(0, start, fresh(first))];
@@ -199,12 +212,11 @@ fn come_and_go(engine: &Engine, prefixes: &Prefixes, owner: u64, until: Instant)
                     session.lanes.insert(to, session.lanes[&0].clone());
                 }
                 3 => {
-                    let pages = cache.share_prefix(0, rng.random_range(1..100));
-                    let ids = session.lanes[&0][..pages.tokens()].to_vec();
+                    let held = &session.lanes[&0];
+                    let ids = held[..rng.random_range(1..100).min(held.len())].to_vec();
+                    cache.keep_prefix(0, &names(&ids), Vec::new());
                     let mut prefixes = prefixes.lock().unwrap();
-                    if !ids.is_empty() {
-                        prefixes.push((pages, ids));
-                    }
+                    prefixes.push(ids);
                     if prefixes.len() > 4 {
                         prefixes.remove(0);
                     }
@@ -250,7 +262,7 @@ fn sessions_that_come_and_go_get_what_they_get_alone() {
             .collect();
         sessions.into_iter().flat_map(|session| session.join().unwrap()).collect()
     });
-    drop(prefixes);
+    engine.forget_prefixes(Instant::now() + DEADLINE);
     let load = engine.load_now();
     println!("{} steps, {} rows in {} passes, {:?} busy", load.steps, load.rows, load.passes, load.busy);
     assert!(!records.is_empty() && load.rows >= load.tokens);

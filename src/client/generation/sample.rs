@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use super::{FinishReason, Generation, GenerationEvent, GenerationOptions, RouteEntry, Timing, Usage, millis};
+use super::{
+    FinishReason, Generation, GenerationEvent, GenerationOptions, PromptTokens, RouteEntry, Timing, Usage, millis,
+};
 use crate::{
     client::{
         ClientError,
@@ -31,6 +33,8 @@ pub(super) struct Sample {
 /// What the samples of a prompt have in common in the end.
 pub(super) struct Told<'a> {
     pub(super) prompt_ids: &'a [u32],
+    /// Tokens of the prompt that the hops had already.
+    pub(super) cached: usize,
     pub(super) route_time: Duration,
     pub(super) total: Duration,
     pub(super) route: Vec<RouteEntry>,
@@ -115,7 +119,11 @@ impl Sample {
             prompt_ids: told.prompt_ids.to_vec(),
             output_ids: self.output_ids,
             finish_reason,
-            usage: Usage { prompt_tokens: told.prompt_ids.len(), completion_tokens },
+            usage: Usage {
+                prompt_tokens: told.prompt_ids.len(),
+                completion_tokens,
+                prompt_tokens_details: (told.cached > 0).then_some(PromptTokens { cached_tokens: told.cached }),
+            },
             timing: Timing {
                 route_ms: millis(told.route_time),
                 time_to_first_token_ms: millis(first_token),

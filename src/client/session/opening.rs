@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::future;
 use libp2p::PeerId;
 
-use super::{Handing, Moves, Repairs, Route, RouteHop, Session, SessionError, shows_life};
+use super::{Handing, Moves, Prefix, Repairs, Route, RouteHop, Session, SessionError, prefix::Prompt, shows_life};
 use crate::{
     client::Client,
     swarm::{
@@ -59,11 +59,17 @@ impl HopLink {
 
 impl Session {
     /// Connects to every hop of the route, where that was not done before, and shows it its ticket. Doesn't wait for the answers:
-    /// the first steps may follow at once, and a hop that refuses is replaced as one that is lost.
+    /// the first steps may follow at once, and a hop that refuses is replaced as one that is lost. Only where the hops are
+    /// likely to hold pages that the `prompt` begins with it waits, and [`Session::held`] says how much they do.
     ///
     /// # Errors
     /// Where a hop can't be reached.
-    pub async fn open(client: &Client, route: &Route, limits: SessionLimits) -> Result<Self, SessionError> {
+    pub async fn open(
+        client: &Client,
+        route: &Route,
+        limits: SessionLimits,
+        prompt: Option<Prompt<'_>>,
+    ) -> Result<Self, SessionError> {
         let within = client.patience().opening;
         let links = route.hops.iter().map(|hop| HopLink::connect(client.swarm().clone(), hop.clone(), within));
         let hops = future::try_join_all(links).await?;
@@ -89,10 +95,18 @@ impl Session {
             handing: Handing::default(),
             telling: None,
             broken: None,
+            prefix: Prefix::default(),
         };
+        if let Some(prompt) = &prompt {
+            session.prefix = Prefix::of(client, route, prompt);
+        }
         let all: Vec<usize> = (0..session.hops.len()).collect();
         if let Err(error) = session.show_tickets(&all) {
             session.broken = Some(error);
+        } else if let Some(prompt) = prompt
+            && session.prefix.is_awaited()
+        {
+            session.begin_with_prefix(&prompt).await;
         }
         Ok(session)
     }
@@ -124,6 +138,7 @@ impl Session {
                 .sign(self.client.swarm().identity().keypair())
                 .map_err(|error| SessionError::Misuse(format!("the session's ticket can't be signed: {error}")))?;
             open.next = next.and_then(|next| next.announcement.signed.clone());
+            self.offer_prefix(index, &mut open);
             self.send_to(hop, proto::frame::Body::Open(open), Bytes::new())?;
         }
         Ok(())

@@ -7,6 +7,8 @@ use std::ops::Range;
 pub(super) struct HopState {
     /// The last step that it applied; 0 in a new session.
     pub(super) applied: u64,
+    /// It does not hold what the session began with, before its first step.
+    pub(super) lacks_prefix: bool,
     /// It still has all that it sent on.
     pub(super) is_whole: bool,
     /// It is in the middle of a replay that will not end.
@@ -34,18 +36,20 @@ impl Plan {
     }
 }
 
-/// Decides from the last hop forwards.
+/// Decides from the last hop forwards. `has_prefix`: the session began with pages that the hops held, as if they had been filled by
+/// a step 0.
 ///
 /// A hop must have applied at least what the one behind it has (behind the last one: the answers that the client holds), or
 /// it starts anew and is told the state after that very step. Whoever is in front of such a hop has to know all that it ever
 /// sent on; where it has forgotten, it starts anew as well, and so on up to the client, which knows its tokens.
-pub(super) fn plan(hops: &[HopState], confirmed: u64) -> Plan {
+pub(super) fn plan(hops: &[HopState], confirmed: u64, has_prefix: bool) -> Plan {
     let mut behind = vec![confirmed; hops.len() + 1];
     let mut is_fresh = vec![false; hops.len()];
     for (index, hop) in hops.iter().enumerate().rev() {
         let needed = behind[index + 1];
         let next_is_fresh = is_fresh.get(index + 1).copied().unwrap_or(false);
-        let is_lacking = hop.is_filling || hop.applied < needed || (next_is_fresh && needed > 0 && !hop.is_whole);
+        let must_tell = next_is_fresh && (needed > 0 || has_prefix);
+        let is_lacking = hop.is_filling || hop.lacks_prefix || hop.applied < needed || (must_tell && !hop.is_whole);
         is_fresh[index] = is_lacking;
         behind[index] = if is_lacking { needed } else { hop.applied };
     }
@@ -66,7 +70,21 @@ mod tests {
     use super::*;
 
     fn hop(applied: u64) -> HopState {
-        HopState { applied, is_whole: true, is_filling: false }
+        HopState { applied, lacks_prefix: false, is_whole: true, is_filling: false }
+    }
+
+    fn plan(hops: &[HopState], confirmed: u64) -> Plan {
+        super::plan(hops, confirmed, false)
+    }
+
+    #[test]
+    fn a_new_hop_is_told_what_the_session_began_with() {
+        let new = HopState { lacks_prefix: true, ..hop(0) };
+        let forgetful = HopState { is_whole: false, ..hop(1) };
+        let told = |hops: &[HopState]| super::plan(hops, 0, true);
+        assert_eq!(told(&[hop(1), new, hop(0)]), Plan { fresh: vec![1..2], behind: vec![1, 0, 0, 0] });
+        assert_eq!(told(&[forgetful, new, hop(0)]).fresh, [0..2]);
+        assert!(told(&[forgetful, hop(0), hop(0)]).fresh.is_empty(), "all have it");
     }
 
     #[test]

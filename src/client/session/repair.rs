@@ -284,6 +284,7 @@ impl Session {
     /// The route changes, in a new epoch.
     pub(super) fn next_epoch(&mut self) {
         self.epoch += 1;
+        self.prefix.follow(&self.hops);
         self.moves.rest(Instant::now());
         self.unopened = self.hops.iter().map(|hop| hop.peer).collect();
     }
@@ -296,20 +297,22 @@ impl Session {
             .iter()
             .map(|hop| {
                 let opened = opened.get(&hop.peer).copied().unwrap_or_default();
-                HopState { applied: opened.applied, is_whole: opened.whole, is_filling: opened.filling }
+                let lacks_prefix = opened.applied == 0 && (opened.prefix_tokens as usize) < self.prefix.held();
+                HopState { applied: opened.applied, lacks_prefix, is_whole: opened.whole, is_filling: opened.filling }
             })
             .collect();
         let awaited = self.confirmed + 1;
         let behind = states.iter().position(|state| state.applied < awaited);
         self.repairs.suspect = behind.map(|hop| self.hops[hop].peer);
-        let plan = plan(&states, self.confirmed);
+        let plan = plan(&states, self.confirmed, self.prefix.held() > 0);
         // Whoever has something and yet must start anew is closed and opened again.
-        let again: Vec<usize> = all
-            .into_iter()
-            .filter(|hop| plan.is_fresh(*hop) && (states[*hop].applied > 0 || states[*hop].is_filling))
-            .collect();
+        let has_something = |hop: usize| {
+            let held = opened.get(&self.hops[hop].peer).map_or(0, |opened| opened.prefix_tokens);
+            states[hop].applied > 0 || states[hop].is_filling || held > 0
+        };
+        let again: Vec<usize> = all.into_iter().filter(|hop| plan.is_fresh(*hop) && has_something(*hop)).collect();
         for hop in &again {
-            self.send_to(&self.hops[*hop], proto::frame::Body::Close(proto::Close {}), Bytes::new())?;
+            self.send_to(&self.hops[*hop], proto::frame::Body::Close(proto::Close::default()), Bytes::new())?;
         }
         self.show_tickets(&again)?;
         self.wait_until_open(&again, within).await?;
@@ -411,14 +414,14 @@ impl Session {
             |old: &HopLink| hops.iter().any(|hop| hop.announcement.peer_id == old.peer && hop.blocks == old.blocks);
         for hop in self.hops.iter().filter(|hop| !stays(hop)) {
             // Where it is lost, there is nobody to be told.
-            let _ = self.send_to(hop, proto::frame::Body::Close(proto::Close {}), Bytes::new());
+            let _ = self.send_to(hop, proto::frame::Body::Close(proto::Close::default()), Bytes::new());
         }
     }
 
     /// Gives up what all hops hold.
     fn close_all(&self) {
         for hop in &self.hops {
-            let _ = self.send_to(hop, proto::frame::Body::Close(proto::Close {}), Bytes::new());
+            let _ = self.send_to(hop, proto::frame::Body::Close(proto::Close::default()), Bytes::new());
         }
     }
 
@@ -451,14 +454,14 @@ impl Session {
     fn resume(&mut self, plan: &Plan) -> Result<(), SessionError> {
         for (index, hop) in self.hops.iter().enumerate().filter(|(index, _)| !plan.is_fresh(*index)) {
             let applied = plan.behind[index + 1];
-            let replay_hops = if applied > 0 { plan.fresh_from(index + 1) } else { 0 };
+            let replay_hops = if self.has_begun(applied) { plan.fresh_from(index + 1) } else { 0 };
             let resume = proto::Resume { applied, replay_hops };
             self.send_to(hop, proto::frame::Body::Resume(resume), Bytes::new())?;
         }
         let now = Instant::now();
         self.last_answer = now;
         let (applied, hops) = (plan.behind[0], plan.fresh_from(0));
-        if hops > 0 && applied > 0 {
+        if hops > 0 && self.has_begun(applied) {
             self.telling = Some(Telling { applied, hops, cursor: Cursor::default(), next_index: 0, computed: 0 });
             self.tell()
         } else {

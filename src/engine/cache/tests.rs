@@ -29,9 +29,9 @@ enum Action {
     Step { session: usize, runs: Vec<(u32, usize, usize)>, end: End },
     Copy { session: usize, pairs: Vec<(u32, u32)> },
     DropLane { session: usize, lane: u32 },
-    Share { session: usize, lane: u32, tokens: usize },
+    Keep { session: usize, lane: u32, pages: usize },
     Adopt { session: usize, lane: u32, prefix: usize },
-    DropPrefix { prefix: usize },
+    ForgetPrefixes,
     DropSession { session: usize },
 }
 
@@ -48,11 +48,11 @@ fn action() -> impl Strategy<Value = Action> {
         4 => (session.clone(), prop::collection::vec((0..4u32, 0..4u32), 1..4))
             .prop_map(|(session, pairs)| Action::Copy { session, pairs }),
         1 => (session.clone(), 0..4u32).prop_map(|(session, lane)| Action::DropLane { session, lane }),
-        2 => (session.clone(), 0..4u32, 0..80usize)
-            .prop_map(|(session, lane, tokens)| Action::Share { session, lane, tokens }),
+        3 => (session.clone(), 0..4u32, 0..5usize)
+            .prop_map(|(session, lane, pages)| Action::Keep { session, lane, pages }),
         2 => (session.clone(), 0..4u32, 0..8usize)
             .prop_map(|(session, lane, prefix)| Action::Adopt { session, lane, prefix }),
-        1 => (0..8usize).prop_map(|prefix| Action::DropPrefix { prefix }),
+        1 => Just(Action::ForgetPrefixes),
         1 => session.prop_map(|session| Action::DropSession { session }),
     ]
 }
@@ -64,12 +64,23 @@ struct Model {
     slots: Vec<[u32; PAGE_TOKENS]>,
     next: u32,
     sessions: Vec<(Cache, BTreeMap<u32, Vec<u32>>)>,
-    prefixes: Vec<(SharedPages, Vec<u32>)>,
+    /// What was kept at some time.
+    prefixes: Vec<Vec<u32>>,
+}
+
+/// The names of the pages that hold these.
+fn keys(held: &[u32]) -> Vec<PageKey> {
+    let ends = (1..=held.len() / PAGE_TOKENS).map(|pages| pages * PAGE_TOKENS);
+    ends.map(|end| {
+        let ids: Vec<u8> = held[..end].iter().flat_map(|id| id.to_le_bytes()).collect();
+        PageKey(*blake3::hash(&ids).as_bytes())
+    })
+    .collect()
 }
 
 impl Model {
     fn new() -> Self {
-        let desk = Arc::new(Desk::new(PAGES));
+        let desk = Arc::new(Desk::new(PAGES, 0));
         let session = || (Cache::new(desk.clone(), BLOCKS), BTreeMap::new());
         let sessions = (0..4).map(|_| session()).collect();
         Self { desk, slots: vec![[0; PAGE_TOKENS]; PAGES as usize], next: 1, sessions, prefixes: Vec::new() }
@@ -92,22 +103,24 @@ impl Model {
                 cache.drop_lane(lane);
                 lanes.remove(&lane);
             }
-            Action::Share { session, lane, tokens } => {
+            Action::Keep { session, lane, pages } => {
                 let (cache, lanes) = &self.sessions[session];
-                let prefix = cache.share_prefix(lane, tokens);
                 let held = lanes.get(&lane).map_or(&[][..], |held| held);
-                assert_eq!(prefix.tokens(), tokens.min(held.len()) / PAGE_TOKENS * PAGE_TOKENS);
-                let held = held[..prefix.tokens()].to_vec();
-                self.prefixes.push((prefix, held));
+                let held = &held[..(pages * PAGE_TOKENS).min(held.len())];
+                cache.keep_prefix(lane, &keys(held), Vec::new());
+                self.prefixes.push(held.to_vec());
             }
             Action::Adopt { session, lane, prefix } => {
-                let Some((pages, held)) = self.prefixes.get(prefix) else { return };
+                let Some(held) = self.prefixes.get(prefix) else { return };
                 let (cache, lanes) = &mut self.sessions[session];
-                cache.adopt(lane, pages).unwrap();
-                lanes.insert(lane, held.clone());
+                let pages = cache.adopt_prefix(lane, &keys(held)).len();
+                lanes.insert(lane, held[..pages * PAGE_TOKENS].to_vec());
             }
-            Action::DropPrefix { prefix } if prefix < self.prefixes.len() => drop(self.prefixes.swap_remove(prefix)),
-            Action::DropPrefix { .. } => {}
+            Action::ForgetPrefixes => {
+                let mut state = self.desk.lock();
+                let DeskState { pages, kept, .. } = &mut *state;
+                kept.expire(Instant::now() + NEXT_TOKEN, pages);
+            }
             Action::DropSession { session } => {
                 self.sessions[session] = (Cache::new(self.desk.clone(), BLOCKS), BTreeMap::new());
             }
@@ -125,15 +138,15 @@ impl Model {
             .collect();
         let copies = {
             let mut state = self.desk.lock();
-            let (table, pool) = (&mut cache.table, &mut state.pages);
-            let (needed, claim) = (table.needed(&runs, pool), table.claim());
-            let could_ever = table.could_ever(&runs, pool);
-            let Some(pages) = pool.take(claim, needed) else {
-                assert!(needed > pool.free() || claim == Claim::New);
+            let claim = cache.table.claim();
+            let could_ever = cache.table.could_ever(&runs, &state.pages);
+            let Some(pages) = state.pages_for(&cache.table, &runs) else {
+                let needed = cache.table.needed(&runs, &state.pages);
+                assert!(needed > state.pages.available() || claim == Claim::New);
                 return;
             };
-            assert!(could_ever && pages.len() == needed);
-            table.extend(&runs, pages, pool)
+            assert!(could_ever && pages.len() == cache.table.needed(&runs, &state.pages));
+            cache.table.extend(&runs, pages, &state.pages)
         };
         if end == End::NeverBegins {
             return self.desk.give_back(cache.table.release());
@@ -180,10 +193,15 @@ impl Model {
                 self.check_contents(cache.table.pages(lane), held);
             }
         }
-        for (prefix, held) in &self.prefixes {
-            prefix.pages.iter().for_each(|page| references[*page as usize] += 1);
-            self.check_contents(&prefix.pages, held);
+        let mut kept = BTreeSet::new();
+        for held in &self.prefixes {
+            let pages: Vec<PageId> = state.kept.find(&keys(held)).map(|kept| kept.page).collect();
+            self.check_contents(&pages, &held[..pages.len() * PAGE_TOKENS]);
+            kept.extend(pages);
         }
+        // Others may be kept whose first page is not, any more.
+        (0..PAGES).filter(|page| state.pages.is_kept(*page)).for_each(|page| references[page as usize] += 1);
+        assert!(kept.len() <= state.kept.count());
         let found: Vec<u32> = (0..PAGES).map(|page| state.pages.references(page)).collect();
         assert_eq!(found, references);
         assert_eq!(state.pages.free(), references.iter().filter(|count| **count == 0).count());
@@ -208,26 +226,61 @@ proptest! {
             model.act(action);
             model.check();
         }
-        let Model { desk, sessions, prefixes, .. } = model;
-        drop((sessions, prefixes));
-        prop_assert_eq!(desk.lock().pages.free(), PAGES as usize);
+        let Model { desk, sessions, .. } = model;
+        drop(sessions);
+        prop_assert_eq!(desk.lock().pages.available(), PAGES as usize);
     }
 }
 
+/// A session that holds `pages` full pages.
+fn session(desk: &Arc<Desk>, pages: usize) -> Cache {
+    let mut cache = Cache::new(desk.clone(), BLOCKS);
+    let runs = [LaneRun { lane: 0, position: 0, tokens: pages * PAGE_TOKENS }];
+    let mut state = desk.lock();
+    let taken = state.pages_for(&cache.table, &runs).unwrap();
+    cache.table.extend(&runs, taken, &state.pages);
+    drop(state);
+    desk.give_back(cache.table.commit(&runs));
+    cache
+}
+
 #[test]
-fn a_prefix_is_for_sessions_of_its_engine_and_blocks() {
-    let (desk, other) = (Arc::new(Desk::new(4)), Arc::new(Desk::new(4)));
-    let prefix = Cache::new(desk.clone(), BLOCKS).share_prefix(0, 100);
-    assert_eq!((prefix.tokens(), prefix.blocks()), (0, BLOCKS));
-    assert_eq!(Cache::new(other, BLOCKS).adopt(0, &prefix), Err(AdoptError::OtherEngine));
-    let error = Cache::new(desk.clone(), 2..6).adopt(0, &prefix).unwrap_err();
-    assert_eq!(error.to_string(), "the prefix holds keys and values of blocks 2:5, and the session runs through 2:6");
-    Cache::new(desk, 3..5).adopt(0, &prefix).unwrap();
+fn a_prefix_that_is_taken_over_leaves_the_watermark() {
+    let desk = Arc::new(Desk::new(32, 0));
+    let ids: Vec<u32> = (0..32 * PAGE_TOKENS as u32).collect();
+    let mut first = session(&desk, 30);
+    let more = [LaneRun { lane: 0, position: 30 * PAGE_TOKENS, tokens: 2 * PAGE_TOKENS }];
+    let mut state = desk.lock();
+    let taken = state.pages_for(&first.table, &more).unwrap();
+    first.table.extend(&more, taken, &state.pages);
+    drop(state);
+    desk.give_back(first.table.commit(&more));
+    first.keep_prefix(0, &keys(&ids), Vec::new());
+    // While the first one holds them, another one takes nothing from anybody.
+    let mut other = Cache::new(desk.clone(), BLOCKS);
+    assert_eq!(other.adopt_prefix(0, &keys(&ids)).len(), 32);
+    drop((first, other));
+    let mut other = Cache::new(desk.clone(), BLOCKS);
+    assert_eq!(other.adopt_prefix(0, &keys(&ids)).len(), 30);
+    assert_eq!((other.end(0), desk.lock().pages.available()), (30 * PAGE_TOKENS, 2));
+}
+
+#[test]
+fn a_step_back_into_pages_that_are_kept_needs_no_room() {
+    let desk = Arc::new(Desk::new(8, 0));
+    let ids: Vec<u32> = (0..8 * PAGE_TOKENS as u32).collect();
+    let cache = session(&desk, 8);
+    cache.keep_prefix(0, &keys(&ids), Vec::new());
+    let mut state = desk.lock();
+    let back = [LaneRun { lane: 0, position: 100, tokens: 20 }];
+    assert_eq!((cache.table.needed(&back, &state.pages), state.pages.available()), (2, 0));
+    assert!(state.pages_for(&cache.table, &back).unwrap().is_empty());
+    assert_eq!((state.kept.count(), state.kept.find(&keys(&ids)).count()), (6, 6));
 }
 
 #[test]
 fn a_session_that_had_a_step_is_expected_until_it_comes_or_ends_or_is_late() {
-    let desk = Arc::new(Desk::new(1));
+    let desk = Arc::new(Desk::new(1, 0));
     let (one, other) = (Cache::new(desk.clone(), BLOCKS), Cache::new(desk.clone(), BLOCKS));
     let (now, nobody) = (Instant::now(), |_| false);
     assert!(!desk.lock().expects_more(nobody, now));
@@ -242,7 +295,7 @@ fn a_session_that_had_a_step_is_expected_until_it_comes_or_ends_or_is_late() {
 
 #[test]
 fn places_in_the_queue_are_given_back_by_their_owner() {
-    let desk = Desk::new(1);
+    let desk = Desk::new(1, 0);
     let mut state = desk.lock();
     let owners = [1, 2, 3].map(|number| Owner::of(&number));
     for owner in [owners[0], owners[0], owners[1]] {

@@ -37,6 +37,10 @@ impl HopSession {
         }
         cache.copy_lanes(&changes.copies);
         changes.drops.iter().for_each(|lane| cache.drop_lane(*lane));
+        // The names of a prefix speak of what lane 0 began with.
+        if changes.copies.iter().any(|(_, to)| *to == 0) || changes.drops.contains(&0) {
+            inner.prefix.stop();
+        }
         if inner.downstream.is_some() {
             inner.replaying.history.change_lanes(number, changes);
         }

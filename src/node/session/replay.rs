@@ -279,6 +279,10 @@ impl HopSession {
         if replay.last {
             let (applied, hops_behind) = (filling.applied, filling.hops_behind);
             inner.replaying.filling = None;
+            if applied == 0 {
+                let held = inner.cache.as_ref().map_or(0, |cache| cache.end(0));
+                inner.prefix.was_told(held);
+            }
             if hops_behind > 0 {
                 self.send_replay(&mut inner, proto::Replay { hops: hops_behind, ..replay }, Bytes::new());
                 self.send_again(&mut inner, applied);
@@ -385,6 +389,8 @@ pub(super) struct StepOfHistory<'a> {
 /// What all sessions of a node did, since it started.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
+    /// Tokens that sessions began with and that were not computed.
+    pub(crate) prefix_tokens_reused: std::sync::atomic::AtomicU64,
     /// Rows of steps.
     pub(crate) tokens: std::sync::atomic::AtomicU64,
     /// Rows of replays.

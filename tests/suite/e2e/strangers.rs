@@ -170,7 +170,7 @@ async fn a_stranger_who_knows_a_sessions_id_can_do_nothing_to_it() {
                 let header = frame(id, 1, foreign_step(number, position));
                 assert_eq!(stranger.is_refused(hop, header, vec![0; 256]).await, proto::Code::UnknownSession);
             }
-            let close = frame(id, 1, proto::frame::Body::Close(proto::Close {}));
+            let close = frame(id, 1, proto::frame::Body::Close(proto::Close::default()));
             assert_eq!(stranger.is_refused(hop, close, vec![]).await, proto::Code::UnknownSession);
         }
     })

@@ -114,6 +114,7 @@ fn session_open_and_ticket() {
         public_key: vec![2].into(),
         signature: vec![3].into(),
         next: Some(SignedAnnouncement::default()),
+        ..Default::default()
     };
     pinned(
         &frame(session::frame::Body::Open(open)),
@@ -166,14 +167,14 @@ fn session_steps() {
         &frame(Body::Fault(fault)),
         "0a100101010101010101010101010101010110023a11080b1005180120072a0108320466756c6c",
     );
-    pinned(&frame(Body::Close(session::Close {})), "0a100101010101010101010101010101010110024200");
+    pinned(&frame(Body::Close(session::Close::default())), "0a100101010101010101010101010101010110024200");
     pinned(&frame(Body::Ping(session::Ping { nonce: 9 })), "0a100101010101010101010101010101010110024a020809");
     pinned(&frame(Body::Pong(session::Pong { nonce: 9 })), "0a1001010101010101010101010101010101100252020809");
 }
 
 #[test]
 fn frame_prefix() {
-    let header = frame(session::frame::Body::Close(session::Close {}));
+    let header = frame(session::frame::Body::Close(session::Close::default()));
     let mut bytes = BytesMut::new();
     encode_head(&Frame { header, payload: vec![0; 258].into() }, FrameLimits::default(), &mut bytes).unwrap();
     assert_eq!(hex(&bytes), "16000000020100000a100101010101010101010101010101010110024200");
@@ -205,7 +206,7 @@ fn requests_and_responses() {
 #[test]
 fn unknown_fields_and_variants_are_tolerated() {
     // Field 99 as a varint, behind a frame; and a body of a newer version.
-    let mut bytes = frame(session::frame::Body::Close(session::Close {})).encode_to_vec();
+    let mut bytes = frame(session::frame::Body::Close(session::Close::default())).encode_to_vec();
     bytes.extend([0x98, 0x06, 0x01]);
     assert!(session::Frame::decode(bytes.as_slice()).unwrap().body.is_some());
     let newer = [0xa2, 0x06, 0x01, 0x00];
