@@ -10,7 +10,7 @@
 //! its own part of it. A page that a session is using meanwhile counts as used.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     time::Instant,
 };
 
@@ -120,7 +120,8 @@ impl KeptPages {
         }
         self.used(&keys, now);
         while self.row_bytes > self.most_row_bytes
-            && let Some(key) = self.largest_owner().and_then(|owner| self.owners[&owner].values().next().copied())
+            && let Some(owner) = self.largest_owner(&BTreeSet::new())
+            && let Some(key) = self.owners[&owner].values().next().copied()
         {
             self.remove(&key, pool);
         }
@@ -128,21 +129,24 @@ impl KeptPages {
 
     /// Gives up idle pages until `count` are free, or none is idle.
     pub(super) fn make_room(&mut self, count: usize, pool: &mut PagePool) {
-        while pool.free() < count && pool.available() > pool.free() {
-            // Every page in use that is met goes to the end, so that it is not met again before the others.
-            let mut owners: Vec<(usize, Owner)> =
-                self.owners.iter().map(|(owner, pages)| (pages.len(), *owner)).collect();
-            owners.sort_unstable_by(|one, other| other.cmp(one));
-            let idle = owners.into_iter().find_map(|(count, owner)| self.first_idle(owner, count, pool));
-            // The pool counts idle pages as they are kept here, so there is one; if it were not so, nothing would be given up.
-            let Some(key) = idle else { return };
-            self.remove(&key, pool);
+        let mut all_in_use = BTreeSet::new();
+        while pool.free() < count
+            && pool.available() > pool.free()
+            && let Some(owner) = self.largest_owner(&all_in_use)
+        {
+            match self.first_idle(owner, pool) {
+                Some(key) => self.remove(&key, pool),
+                None => {
+                    all_in_use.insert(owner);
+                }
+            }
         }
     }
 
-    /// Of an owner's `count` pages the one that was used least recently and is idle.
-    fn first_idle(&mut self, owner: Owner, count: usize, pool: &PagePool) -> Option<PageKey> {
-        for _ in 0..count {
+    /// Of an owner's pages the one that was used least recently and is idle. Those in use that are met go to the end, so that they
+    /// are not met again before the others.
+    fn first_idle(&mut self, owner: Owner, pool: &PagePool) -> Option<PageKey> {
+        for _ in 0..self.owners.get(&owner)?.len() {
             let key = *self.owners.get(&owner)?.values().next()?;
             let kept = self.pages.get(&key)?;
             if pool.is_idle(kept.page) {
@@ -154,8 +158,10 @@ impl KeptPages {
         None
     }
 
-    fn largest_owner(&self) -> Option<Owner> {
-        self.owners.iter().max_by_key(|(_, pages)| pages.len()).map(|(owner, _)| *owner)
+    /// Who keeps most, of those that are not left out.
+    fn largest_owner(&self, without: &BTreeSet<Owner>) -> Option<Owner> {
+        let owners = self.owners.iter().filter(|(owner, _)| !without.contains(owner));
+        owners.max_by_key(|(_, pages)| pages.len()).map(|(owner, _)| *owner)
     }
 
     /// A page need not be kept any more. Whether it was.
@@ -323,7 +329,7 @@ mod tests {
                         }
                         pool.share(&held);
                         let lacking = pages - held.len();
-                        let by_sessions: std::collections::BTreeSet<PageId> =
+                        let by_sessions: BTreeSet<PageId> =
                             sessions.iter().flatten().chain(&held).copied().collect();
                         prop_assert_eq!(pool.has(Claim::Running, lacking), by_sessions.len() + lacking <= PAGES as usize);
                         kept.make_room(lacking, &mut pool);

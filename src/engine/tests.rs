@@ -25,7 +25,7 @@ fn fixture(family: &str) -> PathBuf {
 }
 
 fn options(span: Range<usize>) -> EngineOptions {
-    EngineOptions { cache_tokens: 512, ..EngineOptions::new(span, Dtype::F32) }
+    EngineOptions { cache_tokens: 512, kept_bytes: 1 << 20, ..EngineOptions::new(span, Dtype::F32) }
 }
 
 fn load(options: EngineOptions) -> Engine {

@@ -12,6 +12,7 @@ mod lanes;
 mod leaving;
 mod long_links;
 mod lost;
+mod prefixes;
 mod quantized;
 mod sessions;
 mod strangers;
