@@ -368,7 +368,7 @@ pub(in crate::engine) mod tests {
                     let position = cache.end(lane) / 2;
                     let run = if copy == 0 { position } else { cache.end(lane) };
                     cache = step_from(&here, cache, LaneRun { lane, position: run, tokens }).0;
-                    cache.copy_lane(lane, copy);
+                    cache.copy_lanes(&[(lane, copy)]);
                 }
                 let mut copy = moved(&here, &cache, &there, part);
                 prop_assert_eq!(shared_pages(&here), shared_pages(&there));

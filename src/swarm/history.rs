@@ -14,7 +14,10 @@
 
 mod lane;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    ops::Range,
+};
 
 pub use self::lane::Rows;
 use self::lane::{Lane, Segment};
@@ -71,6 +74,17 @@ pub struct Place {
     pub length_class: usize,
 }
 
+/// A part of a history, as it is given to another peer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry<T> {
+    /// Of what the lane was before this step; 0: of what it is now.
+    pub before: u64,
+    /// Where the rows belong.
+    pub place: Place,
+    /// `None`: the lane was empty.
+    pub rows: Option<T>,
+}
+
 /// How far a replay has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Cursor {
@@ -115,21 +129,47 @@ impl<T: Rows> History<T> {
         self.lanes.get(&lane).map_or(0, |lane| lane.now.end())
     }
 
-    /// The rows of every step, lane by lane, in the order of positions: given to [`History::keep`] they make the same history.
-    pub fn segments(&self) -> impl Iterator<Item = (Place, &T)> {
+    /// All that there is, lane by lane: given to [`History::restore`] it makes the same history.
+    pub fn entries(&self) -> impl Iterator<Item = Entry<T>> {
         self.lanes.iter().flat_map(|(&lane, lives)| {
-            lives.now.from(0).map(move |segment| {
-                let Segment { step, position, length_class, ref rows } = *segment;
-                (Place { step, lane, position, length_class }, rows)
+            let before = lives.before.iter().map(|(step, lane)| (*step, lane));
+            before.chain([(0, &lives.now)]).flat_map(move |(before, version)| {
+                let nothing =
+                    Entry { before, place: Place { step: 0, lane, position: 0, length_class: 0 }, rows: None };
+                let empty = (version.is_empty() && before > 0).then_some(nothing);
+                let rows = version.from(0).map(move |segment| {
+                    let Segment { step, position, length_class, ref rows } = *segment;
+                    Entry { before, place: Place { step, lane, position, length_class }, rows: Some(rows.clone()) }
+                });
+                empty.into_iter().chain(rows)
             })
         })
     }
 
+    /// Adds an entry of another history, in their order. One that leaves a gap ends the history.
+    pub fn restore(&mut self, entry: Entry<T>) {
+        if !self.is_whole {
+            return;
+        }
+        let Entry { before, place: Place { step, lane, position, length_class }, rows } = entry;
+        let Lives { now, before: versions } = self.lanes.entry(lane).or_default();
+        let last = versions.back().map_or(0, |(step, _)| *step);
+        if before > last {
+            versions.push_back((before, Lane::default()));
+        }
+        let version = if before == 0 { Some(now) } else { versions.back_mut().map(|(_, version)| version) };
+        let version = version.filter(|version| (before == 0 || before >= last) && version.end() == position);
+        match (version, rows) {
+            (None, _) => self.forget(),
+            (Some(_), None) => {}
+            (Some(version), Some(rows)) => version.push(Segment { step, position, length_class, rows }),
+        }
+    }
+
     /// These rows of a lane, in pieces; `None` where not all of them are there.
     pub fn rows(&self, lane: u32, wanted: Range<usize>) -> Option<Vec<T>> {
-        let segments = self.lanes.get(&lane)?;
-        let first = segments.partition_point(|segment| segment.end() <= wanted.start);
-        let parts = segments[first..].iter().take_while(|segment| segment.position < wanted.end).map(|segment| {
+        let segments = self.lanes.get(&lane)?.now.from(wanted.start);
+        let parts = segments.take_while(|segment| segment.position < wanted.end).map(|segment| {
             let start = wanted.start.max(segment.position);
             segment.rows.slice(start - segment.position..wanted.end.min(segment.end()) - segment.position)
         });
@@ -217,8 +257,6 @@ impl<T: Rows> History<T> {
 
 #[cfg(test)]
 mod tests {
-    use std::ops::Range;
-
     use proptest::prelude::*;
 
     use super::*;
@@ -401,8 +439,11 @@ mod tests {
                 states.push(held.clone());
                 let confirmed = number.saturating_sub(credit);
                 history.confirm(confirmed);
+                let mut copy = History { confirmed, ..History::default() };
+                history.entries().for_each(|entry| copy.restore(entry));
                 for (through, expected) in (confirmed..).zip(&states[confirmed as usize..]) {
                     let parts = all(&history, through, most);
+                    prop_assert_eq!(&all(&copy, through, most), &parts);
                     prop_assert!(parts.iter().all(|(_, _, rows)| rows.len() <= most));
                     let mut found: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
                     for (lane, position, rows) in parts {

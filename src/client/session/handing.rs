@@ -147,7 +147,7 @@ impl Session {
         if let Some((hop, _)) = self.handing.under_way.take() {
             let replacement = mem::replace(&mut self.hops[index], hop);
             // Where it is lost, there is nobody to be told.
-            let _ = self.send_to(&replacement, proto::frame::Body::Close(proto::Close {}), Bytes::new());
+            let _ = self.send_to(&replacement, proto::frame::Body::Close(proto::Close::default()), Bytes::new());
             self.handing.is_adrift = true;
         }
         let has_no_room =
@@ -210,7 +210,7 @@ impl Session {
         opened.insert(replacement, taken);
         if let Some((leaving, _)) = self.handing.under_way.take() {
             // One that has gone already has closed it.
-            let _ = self.send_to(&leaving, proto::frame::Body::Close(proto::Close {}), Bytes::new());
+            let _ = self.send_to(&leaving, proto::frame::Body::Close(proto::Close::default()), Bytes::new());
         }
         Ok(opened)
     }

@@ -16,11 +16,11 @@ use tokio::sync::oneshot;
 
 use super::{HopSession, Inner, Reply, replay::Kept, wire_tensor};
 use crate::{
-    engine::{HiddenStates, LaneLayout, Snapshot, TransferError},
+    engine::{LaneLayout, Snapshot, TransferError},
     node::border::Refusal,
     swarm::{
         Frame, Link, SendError, WireCodec, clean,
-        history::{Place, Rows},
+        history::{Entry, Place, Rows},
         proto::session as proto,
     },
 };
@@ -79,7 +79,7 @@ impl HandOverError {
 struct Estate {
     state: proto::SessionState,
     snapshot: Arc<Snapshot>,
-    rows: Vec<(Place, Kept)>,
+    rows: Vec<Entry<Kept>>,
     replies: Vec<Reply>,
 }
 
@@ -154,7 +154,8 @@ impl HopSession {
             first = pieces.end;
         }
         drop(snapshot);
-        for (rows, payload) in in_parts(rows) {
+        let row_bytes = self.engine.spec().hidden_size * self.lock().ticket.wire_dtype.size_in_bytes();
+        for (rows, payload) in in_parts(rows, row_bytes) {
             parcel.send(proto::take_over::Part::Rows(rows), payload).await?;
         }
         for Reply { step, output, .. } in replies {
@@ -178,7 +179,7 @@ impl HopSession {
             kv_dtype: self.engine.kv_dtype().to_string(),
             whole: inner.replaying.history.is_whole(),
         };
-        let rows = inner.replaying.history.segments().map(|(place, kept)| (place, kept.clone())).collect();
+        let rows = inner.replaying.history.entries().collect();
         let replies = inner.log.kept().cloned().collect();
         Ok(Estate { state, snapshot: Arc::new(snapshot), rows, replies })
     }
@@ -277,30 +278,35 @@ pub(super) fn to_wire(lane: &LaneLayout) -> proto::LaneState {
     proto::LaneState { lane: lane.lane, tokens: lane.tokens as u64, pages }
 }
 
-/// Rows that were sent on, in parts that are not too large.
-fn in_parts(rows: Vec<(Place, Kept)>) -> impl Iterator<Item = (proto::KeptRows, Bytes)> {
-    let row_bytes = |states: &HiddenStates| states.hidden * states.dtype.size_in_bytes();
-    let pieces = rows.into_iter().flat_map(move |(place, kept)| {
-        let most = (PART_BYTES / row_bytes(kept.states()).max(1)).max(1);
-        (0..kept.count()).step_by(most).map(move |first| {
-            let rows = kept.slice(first..(first + most).min(kept.count()));
-            (Place { position: place.position + first, ..place }, rows)
+/// Rows of `row_bytes` that were sent on, in parts that are not too large.
+fn in_parts(entries: Vec<Entry<Kept>>, row_bytes: usize) -> impl Iterator<Item = (proto::KeptRows, Bytes)> {
+    let most = (PART_BYTES / row_bytes.max(1)).max(1);
+    let pieces = entries.into_iter().flat_map(move |entry| {
+        let count = entry.rows.as_ref().map_or(0, Kept::count);
+        (0..count.max(1)).step_by(most).map(move |first| {
+            let rows = entry.rows.as_ref().map(|kept| kept.slice(first..(first + most).min(count)));
+            Entry { place: Place { position: entry.place.position + first, ..entry.place }, before: entry.before, rows }
         })
     });
     let mut pieces = pieces.peekable();
     std::iter::from_fn(move || {
-        let first = pieces.peek()?.1.states().clone();
-        let (mut runs, mut payload) = (Vec::new(), BytesMut::new());
-        while let Some((place, kept)) = pieces.next_if(|(_, kept)| {
-            runs.is_empty() || (payload.len() + kept.states().bytes.len() <= PART_BYTES && runs.len() < PART_RUNS)
-        }) {
-            payload.extend_from_slice(&kept.states().bytes);
+        pieces.peek()?;
+        let (mut runs, mut payload, mut tensor) = (Vec::new(), BytesMut::new(), None);
+        let bytes = |piece: &Entry<Kept>| piece.rows.as_ref().map_or(0, |kept| kept.states().bytes.len());
+        while let Some(Entry { before, place, rows }) = pieces
+            .next_if(|piece| runs.is_empty() || (payload.len() + bytes(piece) <= PART_BYTES && runs.len() < PART_RUNS))
+        {
+            let tokens = rows.as_ref().map_or(0, |kept| kept.count() as u32);
+            if let Some(kept) = rows {
+                payload.extend_from_slice(&kept.states().bytes);
+                tensor = Some(wire_tensor(kept.states(), WireCodec::Raw));
+            }
             let Place { step, lane, position, length_class } = place;
-            let rows = proto::LaneRun { lane, position: position as u64, tokens: kept.count() as u32 };
-            runs.push(proto::KeptRun { step, rows: Some(rows), length_class: length_class as u64 });
+            let rows = proto::LaneRun { lane, position: position as u64, tokens };
+            runs.push(proto::KeptRun { step, rows: Some(rows), length_class: length_class as u64, before });
         }
-        let rows = payload.len() / row_bytes(&first).max(1);
-        let tensor = proto::Tensor { rows: rows as u32, ..wire_tensor(&first, WireCodec::Raw) };
-        Some((proto::KeptRows { runs, tensor: Some(tensor) }, payload.freeze()))
+        let rows = (payload.len() / row_bytes.max(1)) as u32;
+        let tensor = tensor.map(|tensor| proto::Tensor { rows, ..tensor });
+        Some((proto::KeptRows { runs, tensor }, payload.freeze()))
     })
 }

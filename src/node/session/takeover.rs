@@ -20,11 +20,13 @@ use super::{Cache, HopSession, Inner, NotTaken, Reply, Report, handover::PARTS_A
 use crate::{
     engine::{HiddenStates, LaneLayout, PAGE_TOKENS, TransferError},
     model::Dtype,
-    node::{
-        border::{LARGEST_LIMITS, Refusal},
-        held::HeldPermit,
+    node::{border::Refusal, held::HeldPermit},
+    swarm::{
+        Frame, Link,
+        history::{Entry, Place},
+        proto::session as proto,
+        ticket::{SessionLimits, Ticket},
     },
-    swarm::{Frame, Link, history::Place, proto::session as proto, ticket::Ticket},
 };
 
 /// Hops that a step may have passed: more than any route has.
@@ -181,15 +183,15 @@ impl HopSession {
                 return Ok(Taken::Pieces { first: pieces.0, count: pieces.1, permit });
             }
             Part::Rows(rows) => {
-                let (places, states) =
-                    check_rows(ticket, self.engine.spec().hidden_size, (&rows, state.applied), payload)?;
+                let (runs, states) = check_rows(ticket, self.engine.spec().hidden_size, (&rows, state), payload)?;
                 let history = &mut inner.replaying.history;
                 match self.history_bytes.take(states.bytes.len()) {
                     Some(permit) => {
                         let permit = Arc::new(permit);
                         let mut row = 0;
-                        for (place, count) in places {
-                            history.keep(place, Kept::new(states.slice(row..row + count), permit.clone()));
+                        for (before, place, count) in runs {
+                            let kept = (count > 0).then(|| Kept::new(states.slice(row..row + count), permit.clone()));
+                            history.restore(Entry { before, place, rows: kept });
                             row += count;
                         }
                     }
@@ -387,35 +389,39 @@ fn check_states(
 fn check_rows(
     ticket: &Ticket,
     hidden: usize,
-    (rows, applied): (&proto::KeptRows, u64),
+    (rows, state): (&proto::KeptRows, State),
     payload: Bytes,
-) -> Result<(Vec<(Place, usize)>, HiddenStates), Refusal> {
+) -> Result<(Vec<(u64, Place, usize)>, HiddenStates), Refusal> {
     let states = check_states(ticket, hidden, rows.tensor.as_ref(), payload)?;
     let bad = |message: String| Refusal::new(proto::Code::WrongPosition, message);
-    let mut places = Vec::with_capacity(rows.runs.len());
+    let mut runs = Vec::with_capacity(rows.runs.len());
     let mut count = 0u64;
     for run in &rows.runs {
         let proto::LaneRun { lane, position, tokens } = run.rows.unwrap_or_default();
         let end = position.saturating_add(u64::from(tokens));
         let is_within = lane < ticket.limits.max_lanes && end <= ticket.limits.max_tokens;
-        if tokens == 0 || !is_within || run.step == 0 || run.step > applied {
+        let is_of_a_step = 0 < run.step && run.step <= state.applied;
+        let is_past = state.confirmed < run.before && run.before <= state.applied;
+        let is_known = if tokens > 0 { is_of_a_step && (is_past || run.before == 0) } else { is_past && position == 0 };
+        if !is_within || !is_known {
             return Err(bad(format!("step {} sent on {tokens} rows of lane {lane} from {position}", run.step)));
         }
         let length_class = usize::try_from(run.length_class).unwrap_or(usize::MAX);
-        places.push((Place { step: run.step, lane, position: position as usize, length_class }, tokens as usize));
+        let place = Place { step: run.step, lane, position: position as usize, length_class };
+        runs.push((run.before, place, tokens as usize));
         count += u64::from(tokens);
     }
     if count != states.rows as u64 {
         return Err(bad(format!("{} rows, and the runs name {count}", states.rows)));
     }
-    Ok((places, states))
+    Ok((runs, states))
 }
 
 /// A reply that may have to be sent again: its step as it came, and its output.
 fn check_reply(ticket: &Ticket, hidden: usize, step: &proto::Step, payload: Bytes) -> Result<HiddenStates, Refusal> {
     let output = check_states(ticket, hidden, step.tensor.as_ref(), payload)?;
     let rows: u64 = step.lanes.iter().map(|run| u64::from(run.tokens)).sum();
-    let most = LARGEST_LIMITS.max_lanes.min(ticket.limits.max_lanes) as usize;
+    let most = SessionLimits::LARGEST.max_lanes.min(ticket.limits.max_lanes) as usize;
     let is_within = rows <= u64::from(ticket.limits.max_step_tokens) && step.lanes.len() <= most;
     if !is_within || output.rows as u64 > rows || step.times.len() > MOST_TIMES {
         let message = format!("a reply of {} rows to a step of {rows} rows", output.rows);

@@ -54,7 +54,7 @@ fn rows(run: proto::KeptRun, tensor: proto::Tensor, payload: Vec<u8>) -> (Part, 
 }
 
 fn kept(step: u64, lane: u32, position: u64, tokens: u32) -> proto::KeptRun {
-    proto::KeptRun { step, rows: Some(proto::LaneRun { lane, position, tokens }), length_class: 0 }
+    proto::KeptRun { step, rows: Some(proto::LaneRun { lane, position, tokens }), length_class: 0, before: 0 }
 }
 
 fn reply(number: u64, tensor: proto::Tensor, payload: Vec<u8>) -> (Part, Vec<u8>) {
@@ -164,7 +164,7 @@ async fn a_session_that_there_can_not_be_is_not_taken_over() {
         let told = owner.frames.recv().await.unwrap().header.body.unwrap();
         assert!(matches!(&told, Body::Fault(fault) if fault.code() == code), "case {index}: {told:?}");
         let link = owner.swarm.link(hop.peer_id, &hop.addresses).await.unwrap();
-        link.send(Frame::bare(frame(ticket.session, 1, Body::Close(proto::Close {})))).unwrap();
+        link.send(Frame::bare(frame(ticket.session, 1, Body::Close(proto::Close::default())))).unwrap();
     }
     holds_nothing(&client, &nodes[0]).await;
 }
