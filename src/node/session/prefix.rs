@@ -76,7 +76,7 @@ impl Prefix {
 
     /// The names don't say any more what lane 0 holds from now on.
     pub(super) fn stop(&mut self) {
-        self.keys.clear();
+        self.keys = Vec::new();
     }
 
     /// Lane 0 was written to from `position` to `end`. Returns the names up to the last page that is full now, and which of them are
@@ -89,7 +89,12 @@ impl Prefix {
         }
         self.filled = Some(end);
         let (first, full) = (was / PAGE_TOKENS, (end / PAGE_TOKENS).min(self.keys.len()));
-        (first < full).then(|| (self.keys[..full].to_vec(), first))
+        if first >= full {
+            return None;
+        }
+        // Behind the last one they are of no more use.
+        let keys = if full == self.keys.len() { std::mem::take(&mut self.keys) } else { self.keys[..full].to_vec() };
+        Some((keys, first))
     }
 }
 
@@ -180,4 +185,39 @@ fn joined(parts: &[Kept]) -> Option<HiddenStates> {
     parts.iter().for_each(|part| bytes.extend_from_slice(&part.states().bytes));
     let rows = parts.iter().map(|part| part.states().rows).sum();
     Some(HiddenStates { rows, bytes: bytes.freeze(), ..first.clone() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn prefix(pages: u8, held: usize) -> Prefix {
+        Prefix { keys: (0..pages).map(|page| PageKey([page; 32])).collect(), held, ..Prefix::default() }
+    }
+
+    /// Of each write, how many names it keeps and from which page on.
+    fn written(prefix: &mut Prefix, writes: &[(usize, usize)]) -> Vec<Option<(usize, usize)>> {
+        let keeps = |(position, end): &(usize, usize)| prefix.written(*position, *end, 0);
+        writes.iter().map(keeps).map(|kept| kept.map(|(keys, first)| (keys.len(), first))).collect()
+    }
+
+    #[test]
+    fn pages_are_kept_as_they_become_full() {
+        let writes = [(0, 10), (10, 40), (40, 47), (47, 48), (48, 100), (100, 200)];
+        let expected = [None, Some((2, 0)), None, Some((3, 2)), Some((4, 3)), None];
+        assert_eq!(written(&mut prefix(4, 0), &writes), expected);
+    }
+
+    #[test]
+    fn the_first_step_may_begin_in_front_of_what_is_held() {
+        assert_eq!(written(&mut prefix(4, 48), &[(31, 70)]), [Some((4, 1))]);
+    }
+
+    #[test]
+    fn nothing_is_kept_once_the_names_may_be_wrong() {
+        assert_eq!(written(&mut prefix(4, 0), &[(0, 20), (10, 40), (40, 64)]), [Some((1, 0)), None, None]);
+        let mut prefix = prefix(4, 0);
+        assert_eq!(prefix.written(0, 32, 7), None, "positions of another length");
+        assert_eq!(written(&mut prefix, &[(32, 64)]), [None]);
+    }
 }
