@@ -200,7 +200,8 @@ impl DeskState {
         if was_kept { self.take_pages(table.claim(), table.needed(runs, &self.pages)) } else { None }
     }
 
-    fn take_pages(&mut self, claim: Claim, count: usize) -> Option<Vec<PageId>> {
+    /// So many pages, or none; what is kept for sessions to come makes room for them.
+    pub(super) fn take_pages(&mut self, claim: Claim, count: usize) -> Option<Vec<PageId>> {
         if self.pages.has(claim, count) {
             self.kept.make_room(count, &mut self.pages);
         }

@@ -110,8 +110,8 @@ impl Cache {
         }
         check_layout(lanes, pages).map_err(TransferError::BadLanes)?;
         let mut state = self.desk.lock();
-        let (free, total) = (state.pages.free(), state.pages.total());
-        let fresh = state.pages.take(Claim::New, pages).ok_or(TransferError::CacheFull {
+        let (free, total) = (state.pages.available(), state.pages.total());
+        let fresh = state.take_pages(Claim::New, pages).ok_or(TransferError::CacheFull {
             needed_tokens: pages.saturating_mul(PAGE_TOKENS),
             free_tokens: free * PAGE_TOKENS,
             total_tokens: total * PAGE_TOKENS,

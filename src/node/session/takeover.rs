@@ -278,6 +278,10 @@ impl HopSession {
             self.counts.tokens_taken_over.fetch_add(tokens as u64, Ordering::Relaxed);
             self.counts.bytes_taken_over.fetch_add(bytes, Ordering::Relaxed);
         }
+        if state.applied == 0 {
+            let held = inner.cache.as_ref().map_or(0, |cache| cache.end(0));
+            inner.prefix.was_told(held);
+        }
         let next = inner.log.take_over(state.applied, state.confirmed, replies);
         let opened = proto::frame::Body::Opened(self.what_it_has(&inner));
         if inner.control.send(Frame::bare(self.header(inner.log.epoch(), opened))).is_err() {
@@ -400,7 +404,8 @@ fn check_rows(
         let proto::LaneRun { lane, position, tokens } = run.rows.unwrap_or_default();
         let end = position.saturating_add(u64::from(tokens));
         let is_within = lane < ticket.limits.max_lanes && end <= ticket.limits.max_tokens;
-        let is_of_a_step = 0 < run.step && run.step <= state.applied;
+        // What the session began with is of a step 0.
+        let is_of_a_step = run.step <= state.applied;
         let is_past = state.confirmed < run.before && run.before <= state.applied;
         let is_known = if tokens > 0 { is_of_a_step && (is_past || run.before == 0) } else { is_past && position == 0 };
         if !is_within || !is_known {
