@@ -92,6 +92,7 @@ use batcher::Batcher;
 pub use cache::Cache;
 use cache::{Desk, DeskState, Pending};
 pub use edges::{EdgeError, Edges, EdgesOptions};
+pub use head::Seat;
 pub use hidden::{HiddenStates, WrongLength};
 pub use job::{Job, Keep, Owner, Place, StepError, StepOutput};
 pub use kept::PageKey;
@@ -102,6 +103,7 @@ pub use matrix::Matrix;
 pub use pages::{PAGE_TOKENS, WATERMARK_SHARE};
 use pass::{Pass, Span};
 use planes::KvPlanes;
+use schedule::Meeting;
 pub use snapshot::{ReadDone, Snapshot, TransferError, WriteDone};
 pub use threads::MAX_THREADS;
 
@@ -293,7 +295,8 @@ impl Engine {
         };
         let kernel_path = if kv_dtype == dtype.into() { path } else { format!("{path}-kv-{kv_dtype}") };
         let loaded = source.finish();
-        let desk = Arc::new(Desk::new(pages, kept_bytes));
+        let meeting = if span.start == 0 { Meeting::FirstHop } else { Meeting::LaterHop };
+        let desk = Arc::new(Desk::new(pages, kept_bytes, meeting));
         let threads = threads::pool("engine", threads)?;
         let batcher = Batcher::new(desk.clone(), blocks, batch_tokens);
         // What was spawned keeps the pool alive. The batcher is one of its workers, so that it can share a product with

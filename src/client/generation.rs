@@ -15,7 +15,10 @@ use super::{
     sampling::SamplingOptions,
     session::{Input, Prompt, Recovery, Route, Session, Step, StepAnswer, Want},
 };
-use crate::{engine::LaneRun, swarm::ticket::SessionLimits};
+use crate::{
+    engine::{EdgeError, Edges, HiddenStates, LaneRun},
+    swarm::ticket::SessionLimits,
+};
 
 /// Chunks of a prompt under way at a time: enough that every hop of a usual route has one to work on.
 const CHUNKS_IN_FLIGHT: u32 = 4;
@@ -321,7 +324,8 @@ impl Client {
         let prompt = Chunks { ids: prompt_ids, start, size: chunk, lane: 0 };
         let answer = self.prefill(session, prompt, &mut None).await?;
         // All samples begin with the prompt's last row, then each has one of its own.
-        let mut logits = self.logits(&answer, Vec::new())?;
+        let seat = self.model().edges().seat();
+        let mut logits = self.logits(&answer, |edges, hidden| edges.logits_at(&seat, hidden, Vec::new()))?;
         let mut position = prompt_ids.len();
         loop {
             recoveries += tell_recoveries(session, &mut |event| on_event(0, event));
@@ -358,11 +362,13 @@ impl Client {
                 for sample in going {
                     let ids = [prompt_ids, &sample.output_ids].concat();
                     let lane = Chunks { ids: &ids, start: 0, size: chunk, lane: sample.lane };
-                    all.extend(self.logits(&self.prefill(session, lane, &mut None).await?, Vec::new())?);
+                    let answer = self.prefill(session, lane, &mut None).await?;
+                    all.extend(self.logits(&answer, Edges::logits)?);
                 }
                 all
             } else {
-                self.logits(&self.decode(session, &going, position).await?, logits)?
+                let answer = self.decode(session, &going, position).await?;
+                self.logits(&answer, |edges, hidden| edges.logits_at(&seat, hidden, logits))?
             };
             position += 1;
         }
@@ -467,7 +473,7 @@ impl Client {
             }
             let answer = session.receive().await?;
             if let Some(logits) = logits {
-                logits.extend(self.logits(&answer, Vec::new())?);
+                logits.extend(self.logits(&answer, Edges::logits)?);
             }
             last = Some(answer);
         }
@@ -495,18 +501,22 @@ impl Client {
         }
     }
 
-    /// The logits of an answer's rows, in the memory of `logits`. A large head is long arithmetic: then the runtime is told, so that other tasks go on
+    /// The logits of an answer's rows, by `compute`. A large head is long arithmetic: then the runtime is told, so that other tasks go on
     /// elsewhere. For a small one that would take longer than the head itself.
-    fn logits(&self, answer: &StepAnswer, logits: Vec<f32>) -> Result<Vec<f32>, ClientError> {
+    fn logits(
+        &self,
+        answer: &StepAnswer,
+        compute: impl FnOnce(&Edges, &HiddenStates) -> Result<Vec<f32>, EdgeError>,
+    ) -> Result<Vec<f32>, ClientError> {
         /// Multiplications that take about a millisecond.
         const LONG: usize = 1 << 23;
         let Some(hidden) = &answer.hidden else { return Ok(Vec::new()) };
         let edges = self.model().edges();
         let spec = self.model().spec();
         if hidden.rows * spec.hidden_size * spec.vocab_size < LONG {
-            return Ok(edges.logits_into(hidden, logits)?);
+            return Ok(compute(edges, hidden)?);
         }
-        Ok(tokio::task::block_in_place(|| edges.logits_into(hidden, logits))?)
+        Ok(tokio::task::block_in_place(|| compute(edges, hidden))?)
     }
 }
 

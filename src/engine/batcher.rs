@@ -1,7 +1,7 @@
 //! The batcher: one thread that takes the steps of all sessions and runs them together.
 //!
-//! It goes round and round: fetch what arrived, drop what nobody wants, give pages to those that wait for them, divide
-//! the budget among the steps that are ready, run a pass, answer the steps that are finished.
+//! It goes round and round: fetch what arrived, drop what nobody wants, give pages to those that wait for them, wait for those that
+//! are about to come if that pays, divide the budget among the steps that are ready, run a pass, answer the steps that are finished.
 
 use std::{
     any::Any,
@@ -11,6 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use cpu_time::ThreadTime;
+
 use super::{
     cache::{Cache, Desk, DeskState, Pending},
     hidden::{self, HiddenStates},
@@ -18,7 +20,7 @@ use super::{
     lanes::{LaneRun, PageCopy},
     pages::{Claim, PAGE_TOKENS},
     pass::{NonFinite, Outcome, Pass, Piece, Segment},
-    schedule::{Demand, PassRows, Schedule, Share},
+    schedule::{Demand, Here, PassRows, Schedule, Share, Took},
     snapshot::Transfer,
 };
 
@@ -67,8 +69,7 @@ impl Batcher {
             self.transfer();
             self.discard();
             let demands: Vec<Demand> = self.ready.iter().map(Active::demand).collect();
-            let is_ready = |session| self.ready.iter().any(|active| active.job.cache.number == session);
-            let others_decode = self.desk.lock().expects_more(is_ready, Instant::now());
+            let others_decode = self.desk.lock().gather.expects_more(Instant::now());
             let shares = self.schedule.divide(&demands, others_decode);
             if !shares.is_empty() {
                 self.pass(&shares);
@@ -100,22 +101,50 @@ impl Batcher {
     fn fetch(&mut self) -> bool {
         let desk = self.desk.clone();
         let mut state = desk.lock();
+        let mut has_waited = false;
         loop {
-            self.waiting.append(&mut state.arrivals);
+            let DeskState { arrivals, gather, .. } = &mut *state;
+            for pending in arrivals.iter() {
+                gather.came(pending.job.cache.number, is_short(&pending.job), pending.submitted);
+            }
+            self.waiting.append(arrivals);
             if state.closed {
                 return false;
             }
             self.admit(&mut state);
-            if !self.ready.is_empty() || !state.transfers.is_empty() {
+            if !state.transfers.is_empty() {
                 return true;
             }
             let now = Instant::now();
+            if !self.ready.is_empty() {
+                let Some(until) = self.company(&mut state, now) else {
+                    if has_waited {
+                        self.schedule.waited(now);
+                    }
+                    return true;
+                };
+                has_waited = true;
+                state = desk.wait(state, Some(until));
+                continue;
+            }
             if self.waiting.iter().any(|pending| is_stale(&pending.job, now)) {
                 return true;
             }
             let first_deadline = self.waiting.iter().map(|pending| pending.job.deadline).min();
             state = desk.wait(state, first_deadline.map(|deadline| deadline.min(now + CANCEL_CHECK)));
         }
+    }
+
+    /// Until when to wait for sessions that are about to come, if there is nothing but decoding to do.
+    fn company(&self, state: &mut DeskState, now: Instant) -> Option<Instant> {
+        let is_urgent = |active: &Active| !active.is_short() || active.began.is_some();
+        if !self.waiting.is_empty() || self.ready.iter().any(is_urgent) {
+            return None;
+        }
+        let here: Vec<Here> = self.ready.iter().map(Active::here).collect();
+        let until = state.gather.wait(&here, self.schedule.longest_wait(), now)?;
+        // A step that is too late for its deadline fails.
+        self.ready.iter().all(|active| until < active.job.deadline).then_some(until)
     }
 
     /// Gives pages to the steps that wait for them: first of sessions that run, then of new ones, each kind in order.
@@ -194,16 +223,20 @@ impl Batcher {
 
     fn pass(&mut self, shares: &[Share]) {
         let began = Instant::now();
+        let mut state = self.desk.lock();
+        state.gather.begins(shares.len(), began);
         for share in shares {
             let active = &mut self.ready[share.step];
             if active.began.is_none() {
                 active.began = Some(began);
-                self.desk.lock().leave(active.job.cache.owner);
+                state.leave(active.job.cache.owner);
             }
         }
+        drop(state);
         let segments: Vec<Segment<'_>> =
             shares.iter().map(|share| self.ready[share.step].segment(share.rows)).collect();
         let span = &mut self.span;
+        let processor = ThreadTime::try_now().ok().filter(|_| span.is_on_processor());
         let outcomes = catch_unwind(AssertUnwindSafe(|| span.run(&segments)));
         drop(segments);
         for share in shares {
@@ -211,8 +244,10 @@ impl Batcher {
         }
         let ended = Instant::now();
         let took = ended - began;
+        let processor = processor.and_then(|began| began.try_elapsed().ok()).unwrap_or(took);
         let rows = PassRows::of(shares.iter().map(|share| (self.ready[share.step].is_short(), share.rows)));
         self.schedule.ran(rows, took, ended);
+        tracing::trace!(rows = rows.all(), ?took, ?processor, "a pass");
         for active in &mut self.ready {
             active.chunks += u32::from(rows.long > 0);
         }
@@ -220,6 +255,9 @@ impl Batcher {
         state.counts.passes += 1;
         state.counts.rows += rows.all() as u64;
         state.counts.busy += took;
+        if rows.long == 0 {
+            state.gather.ran(rows.short, Took { time: took, processor }, ended);
+        }
         drop(state);
         let results: Vec<Result<Outcome, String>> = match outcomes {
             Ok(Ok(outcomes)) => outcomes.into_iter().map(Ok).collect(),
@@ -259,13 +297,13 @@ impl Batcher {
         if let Some(error) = error {
             return active.give_up(error);
         }
-        let is_short = active.is_short();
+        let (is_short, step) = (active.is_short(), active.here());
         let Active { mut job, submitted, began, output, computed, chunks, .. } = active;
         self.desk.give_back(job.cache.table.commit(&job.lanes));
         let mut state = self.desk.lock();
         state.counts.steps += 1;
         state.counts.tokens += job.hidden.rows as u64;
-        state.stepped(job.cache.number, Instant::now());
+        state.gather.stepped(step, is_short, Instant::now());
         state.counts.late_decodes += u64::from(is_short && chunks > 1);
         drop(state);
         let HiddenStates { dtype, hidden, .. } = job.hidden;
@@ -282,7 +320,11 @@ impl Active {
     }
 
     fn is_short(&self) -> bool {
-        self.job.lanes.iter().all(|run| run.tokens <= SHORT_TOKENS)
+        is_short(&self.job)
+    }
+
+    fn here(&self) -> Here {
+        Here { session: self.job.cache.number, rows: self.job.hidden.rows, arrived: self.submitted }
     }
 
     fn demand(&self) -> Demand {
@@ -372,6 +414,10 @@ pub(super) fn cache_full(state: &DeskState, job: &Job) -> StepError {
 
 pub(super) fn is_cancelled(job: &Job) -> bool {
     job.cancelled.load(Ordering::Relaxed)
+}
+
+fn is_short(job: &Job) -> bool {
+    job.lanes.iter().all(|run| run.tokens <= SHORT_TOKENS)
 }
 
 fn is_stale(job: &Job, now: Instant) -> bool {

@@ -17,6 +17,7 @@ use super::{
     kept::{KeptPages, NewPage, PageKey},
     lanes::{LaneRun, LaneTable},
     pages::{Claim, PAGE_TOKENS, PageId, PagePool},
+    schedule::{Gather, Meeting},
     snapshot::Transfer,
 };
 
@@ -133,7 +134,7 @@ impl fmt::Debug for Cache {
 
 impl Drop for Cache {
     fn drop(&mut self) {
-        self.desk.lock().stepped.remove(&self.number);
+        self.desk.lock().gather.forget(self.number);
         self.desk.give_back(self.table.clear());
     }
 }
@@ -146,9 +147,6 @@ pub(super) struct Desk {
     /// How many there were.
     sessions: AtomicU64,
 }
-
-/// A session that had a step is expected to want its next token for so long: one goes round a swarm in less, as a rule.
-const NEXT_TOKEN: Duration = Duration::from_secs(2);
 
 /// One owner may have this part of the steps that may wait.
 const OWNERS_SHARE: usize = 2;
@@ -164,8 +162,8 @@ pub(super) struct DeskState {
     pub(super) queued: usize,
     /// Of each owner that has any.
     queued_by: BTreeMap<Owner, usize>,
-    /// When open sessions had their last step.
-    stepped: BTreeMap<u64, Instant>,
+    /// How the open sessions come and go.
+    pub(super) gather: Gather,
     pub(super) counts: Counts,
     /// The last handle of the engine is gone.
     pub(super) closed: bool,
@@ -233,17 +231,6 @@ impl DeskState {
             }
         }
     }
-
-    /// A session had a step.
-    pub(super) fn stepped(&mut self, session: u64, now: Instant) {
-        self.stepped.insert(session, now);
-    }
-
-    /// Whether a session is about to come back for its next token that isn't one of those that `is_here` knows.
-    pub(super) fn expects_more(&mut self, is_here: impl Fn(u64) -> bool, now: Instant) -> bool {
-        self.stepped.retain(|_, last| now.saturating_duration_since(*last) < NEXT_TOKEN);
-        self.stepped.keys().any(|session| !is_here(*session))
-    }
 }
 
 /// A step that hasn't begun.
@@ -255,8 +242,8 @@ pub(super) struct Pending {
 }
 
 impl Desk {
-    /// With so many pages, and room for so many bytes of rows of those that are kept.
-    pub(super) fn new(pages: u32, kept_bytes: usize) -> Self {
+    /// With so many pages, and room for so many bytes of rows of those that are kept, for sessions that meet where `meeting` says.
+    pub(super) fn new(pages: u32, kept_bytes: usize, meeting: Meeting) -> Self {
         let state = DeskState {
             arrivals: VecDeque::new(),
             transfers: VecDeque::new(),
@@ -264,7 +251,7 @@ impl Desk {
             kept: KeptPages::new(kept_bytes),
             queued: 0,
             queued_by: BTreeMap::new(),
-            stepped: BTreeMap::new(),
+            gather: Gather::new(meeting),
             counts: Counts::default(),
             closed: false,
         };

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::{
     DeviceChoice,
-    head::{Desk, Head},
+    head::{Desk, Head, Seat},
     hidden::{self, HiddenStates},
     linear::Linear,
     load::{LoadError, Source},
@@ -71,6 +71,9 @@ pub enum EdgeError {
         /// Their rows.
         rows: usize,
     },
+    /// The seat is at another head.
+    #[error("the seat is at the head of other edges: take one at these")]
+    OtherSeat,
     /// The head is at fault.
     #[error("the output head panicked; the log says where")]
     Panicked,
@@ -114,7 +117,7 @@ impl Edges {
             scale,
             dtype: options.dtype,
             embedding_norm,
-            head: Head { norm, linear, soft_cap, hidden: width, vocab, threads, desk: Desk::default() },
+            head: Head { norm, linear, soft_cap, hidden: width, vocab, threads, desk: Arc::new(Desk::default()) },
             loaded_bytes: source.finish().bytes,
         })
     }
@@ -159,15 +162,28 @@ impl Edges {
     /// # Errors
     /// The hidden states have another width than the model's, or not the length that their shape says.
     pub fn logits(&self, hidden: &HiddenStates) -> Result<Vec<f32>, EdgeError> {
-        self.logits_into(hidden, Vec::new())
+        self.on_head(hidden, Vec::new(), None)
     }
 
-    /// [`Edges::logits`], in the memory of `logits`, whose numbers are dropped: a vocabulary's logits are large, and a generation
-    /// needs them for every token.
+    /// A place at the head for a generation that begins.
+    pub fn seat(&self) -> Seat {
+        Seat::new(&self.head.desk)
+    }
+
+    /// [`Edges::logits`] for the generation in `seat`, which may wait a moment for others that decode: their rows are computed
+    /// together. The logits go into the memory of `logits`, whose numbers are dropped: a vocabulary's logits are large, and a
+    /// generation needs them for every token.
     ///
     /// # Errors
-    /// Likewise; `logits` is gone then.
-    pub fn logits_into(&self, hidden: &HiddenStates, mut logits: Vec<f32>) -> Result<Vec<f32>, EdgeError> {
+    /// Likewise, or the seat is at other edges; `logits` is gone then.
+    pub fn logits_at(&self, seat: &Seat, hidden: &HiddenStates, logits: Vec<f32>) -> Result<Vec<f32>, EdgeError> {
+        if !seat.is_at(&self.head.desk) {
+            return Err(EdgeError::OtherSeat);
+        }
+        self.on_head(hidden, logits, Some(seat))
+    }
+
+    fn on_head(&self, hidden: &HiddenStates, mut logits: Vec<f32>, seat: Option<&Seat>) -> Result<Vec<f32>, EdgeError> {
         if hidden.hidden != self.head.hidden {
             return Err(EdgeError::WrongWidth { found: hidden.hidden, expected: self.head.hidden });
         }
@@ -178,6 +194,6 @@ impl Edges {
             logits.clear();
             return Ok(logits);
         }
-        self.head.logits(hidden.clone(), logits)
+        self.head.logits(hidden.clone(), logits, seat)
     }
 }

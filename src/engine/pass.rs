@@ -93,6 +93,9 @@ pub(super) trait Pass: Send {
     /// Rows of the last pass.
     fn states(&self, place: Range<usize>) -> &[f32];
 
+    /// Whether the thread that runs a pass computes it, so that the processor's time of the one is that of the other.
+    fn is_on_processor(&self) -> bool;
+
     /// Appends what the first `tokens` of a page hold of a block; the others are zeros.
     ///
     /// # Errors
@@ -244,6 +247,10 @@ impl Pass for Span {
     fn write_page(&mut self, at: PagePlace, bytes: &[u8]) -> Result<(), TransferError> {
         let planes = &mut self.blocks[at.block - self.first].cache;
         planes.set_page_bytes(at.page, bytes).map_err(|error| TransferError::BadPage(error.to_string()))
+    }
+
+    fn is_on_processor(&self) -> bool {
+        true
     }
 }
 

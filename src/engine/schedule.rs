@@ -16,12 +16,18 @@
 //!
 //! This holds while the short steps fit into half of the budget, which they get before prompts have more than the other half.
 //!
+//! # Waiting for company
+//!
+//! Where nothing but short steps is ready, the engine may wait for more of them ([`Gather`]). What a step waited so counts as a chunk:
+//! prompts that come in the meantime sit out the next pass. So the rule above holds.
+//!
 //! # Owners
 //!
 //! Rows are shared between owners (peers), not between steps: whoever has had the fewest is next, and of one owner's steps the
 //! oldest is. So one with twenty sessions gets no more than one with a single session, if both want more than there
 //! is. An owner that got all it wanted has no claim to more later.
 
+mod gather;
 mod pace;
 
 use std::{
@@ -29,6 +35,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub(super) use self::gather::{Gather, Here, Meeting, Took};
 use self::pace::{MIN_CHUNK, Pace};
 use super::job::Owner;
 
@@ -138,6 +145,16 @@ impl Schedule {
     /// Whether a part of a prompt was being computed when a step arrived, in the last pass.
     pub(super) fn was_in_the_way(&self, arrived: Instant) -> bool {
         self.chunk_ended.is_some_and(|ended| arrived < ended)
+    }
+
+    /// How long a short step may wait for company: as long as it would for a chunk.
+    pub(super) fn longest_wait(&self) -> Duration {
+        Duration::from_secs_f64(self.pace.chunk_seconds())
+    }
+
+    /// Short steps waited for company, until `ended`.
+    pub(super) fn waited(&mut self, ended: Instant) {
+        self.chunk_ended = Some(ended);
     }
 
     /// A pass with these rows took so long, until `ended`.

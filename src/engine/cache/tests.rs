@@ -80,7 +80,7 @@ fn keys(held: &[u32]) -> Vec<PageKey> {
 
 impl Model {
     fn new() -> Self {
-        let desk = Arc::new(Desk::new(PAGES, 0));
+        let desk = Arc::new(Desk::new(PAGES, 0, Meeting::FirstHop));
         let session = || (Cache::new(desk.clone(), BLOCKS), BTreeMap::new());
         let sessions = (0..4).map(|_| session()).collect();
         Self { desk, slots: vec![[0; PAGE_TOKENS]; PAGES as usize], next: 1, sessions, prefixes: Vec::new() }
@@ -246,7 +246,7 @@ fn session(desk: &Arc<Desk>, pages: usize) -> Cache {
 
 #[test]
 fn a_prefix_that_is_taken_over_leaves_the_watermark() {
-    let desk = Arc::new(Desk::new(32, 0));
+    let desk = Arc::new(Desk::new(32, 0, Meeting::FirstHop));
     let ids: Vec<u32> = (0..32 * PAGE_TOKENS as u32).collect();
     let mut first = session(&desk, 30);
     let more = [LaneRun { lane: 0, position: 30 * PAGE_TOKENS, tokens: 2 * PAGE_TOKENS }];
@@ -267,7 +267,7 @@ fn a_prefix_that_is_taken_over_leaves_the_watermark() {
 
 #[test]
 fn a_step_back_into_pages_that_are_kept_needs_no_room() {
-    let desk = Arc::new(Desk::new(8, 0));
+    let desk = Arc::new(Desk::new(8, 0, Meeting::FirstHop));
     let ids: Vec<u32> = (0..8 * PAGE_TOKENS as u32).collect();
     let cache = session(&desk, 8);
     cache.keep_prefix(0, &keys(&ids), Vec::new());
@@ -279,23 +279,8 @@ fn a_step_back_into_pages_that_are_kept_needs_no_room() {
 }
 
 #[test]
-fn a_session_that_had_a_step_is_expected_until_it_comes_or_ends_or_is_late() {
-    let desk = Arc::new(Desk::new(1, 0));
-    let (one, other) = (Cache::new(desk.clone(), BLOCKS), Cache::new(desk.clone(), BLOCKS));
-    let (now, nobody) = (Instant::now(), |_| false);
-    assert!(!desk.lock().expects_more(nobody, now));
-    desk.lock().stepped(one.number, now);
-    assert!(desk.lock().expects_more(|session| session == other.number, now));
-    assert!(!desk.lock().expects_more(|session| session == one.number, now));
-    desk.lock().stepped(other.number, now + NEXT_TOKEN);
-    drop(one);
-    assert!(desk.lock().expects_more(nobody, now + NEXT_TOKEN));
-    assert!(!desk.lock().expects_more(nobody, now + 2 * NEXT_TOKEN));
-}
-
-#[test]
 fn places_in_the_queue_are_given_back_by_their_owner() {
-    let desk = Desk::new(1, 0);
+    let desk = Desk::new(1, 0, Meeting::FirstHop);
     let mut state = desk.lock();
     let owners = [1, 2, 3].map(|number| Owner::of(&number));
     for owner in [owners[0], owners[0], owners[1]] {

@@ -242,6 +242,10 @@ impl Pass for DeviceSpan {
         }
         attention.write_page(at.page, &numbers.to_f32()).map_err(|error| TransferError::Device(error.to_string()))
     }
+
+    fn is_on_processor(&self) -> bool {
+        false
+    }
 }
 
 /// A pass that is under way: no value of it is known to the host.

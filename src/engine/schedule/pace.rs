@@ -38,9 +38,13 @@ impl Pace {
     /// A row costs less in a large pass, because the weights are read once for all of them. With the cost of rows taken from
     /// the last passes, a pass that took too long is followed by a smaller one, and so on until they take what they should.
     pub(super) fn pass_rows(&self) -> usize {
-        let target = self.step.map_or(0.0, |step| 2.0 * step).max(TARGET.as_secs_f64());
         // What isn't known yet is found out with a small one. (A conversion to an integer saturates.)
-        self.row.map_or(MIN_CHUNK, |row| (target / row) as usize)
+        self.row.map_or(MIN_CHUNK, |row| (self.chunk_seconds() / row) as usize)
+    }
+
+    /// How long such a pass takes.
+    pub(super) fn chunk_seconds(&self) -> f64 {
+        self.step.map_or(0.0, |step| 2.0 * step).max(TARGET.as_secs_f64())
     }
 }
 

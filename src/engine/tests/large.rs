@@ -119,20 +119,20 @@ fn generations_share_the_head_and_get_what_they_would_get_alone() {
             for number in 0..8 {
                 let (edges, all, expected) = (&edges, &all, &expected);
                 scope.spawn(move || {
-                    let mut logits = Vec::new();
+                    let (seat, mut logits) = (edges.seat(), Vec::new());
                     for round in 0..5 {
                         let rows = number + round..number + round + 1 + number % 3;
-                        logits = edges.logits_into(&all.slice(rows.clone()), logits).unwrap();
+                        logits = edges.logits_at(&seat, &all.slice(rows.clone()), logits).unwrap();
                         assert!(logits == expected[rows.start * VOCAB..rows.end * VOCAB], "{number} {round}");
                     }
                 });
             }
         });
-        let mut logits = Vec::with_capacity(VOCAB);
+        let (seat, mut logits) = (edges.seat(), Vec::with_capacity(VOCAB));
         let place = logits.as_ptr();
-        logits = edges.logits_into(&all.slice(7..8), logits).unwrap();
+        logits = edges.logits_at(&seat, &all.slice(7..8), logits).unwrap();
         assert!(logits == expected[7 * VOCAB..8 * VOCAB] && logits.as_ptr() == place);
-        assert!(edges.logits_into(&all.slice(3..3), logits).unwrap().is_empty());
+        assert!(edges.logits_at(&seat, &all.slice(3..3), logits).unwrap().is_empty());
     }
 }
 
