@@ -43,7 +43,8 @@
 //! # Threads
 //!
 //! One thread runs the batcher and the passes. It shares them between sessions that decode and prompts, so that the former
-//! never wait for long, and between owners, so that nobody gets more by opening more sessions (`engine/schedule.rs`). It
+//! never wait for long, and between owners, so that nobody gets more by opening more sessions (`engine/schedule.rs`). Sessions that
+//! decode share passes, and it waits a moment for those that are about to come (`engine/schedule/gather.rs`). It
 //! belongs to a pool with a thread for each core, or as many as are asked for, of which large products use the others; a
 //! small model's step never leaves its thread.
 

@@ -8,7 +8,7 @@
 //! # Lingering keeps groups together
 //!
 //! What comes from one pass of the hop before comes in a burst. So an engine that could start lingers until nobody has come for
-//! a part of a pass, [`LINGER`].
+//! a part of a pass, [`BURST`] or [`LINGER`].
 //!
 //! # Forming brings them together
 //!
@@ -20,7 +20,8 @@
 //! # One group or several
 //!
 //! If hops have machines of their own, several groups that are at different hops at a time keep all machines busy, and are better than
-//! one. Then the first hop neither lingers nor forms, and groups become as many as there is room for. One group is better
+//! one. Then the first hop neither lingers nor forms, the others wait for the rest of a burst only, and groups become as many as there is
+//! room for. One group is better
 //!
 //! - where this engine takes the larger part of a token's time: two groups would only stand in line for it;
 //! - where hops share a machine (two nodes on one, a node and its client) and groups take the processor from each other. That shows:
@@ -29,8 +30,8 @@
 //! # When nobody waits
 //!
 //! - When nobody is about to come: none of the sessions that decode is away, or those that are should have been back long ago, or go
-//!   round at another speed. A session
-//!   that is alone never waits, and one that ends or falls silent is expected for twice the time that it used to stay away.
+//!   round at another speed. A session that is alone never waits, and one that ends or falls silent is expected for twice the time
+//!   that it used to stay away.
 //! - When lingering brought nobody of late: then it is tried now and then only.
 //! - When a row is no cheaper in a larger pass, beyond [`MOST_ROWS`], or a pass is over sooner than a thread wakes up,
 //!   [`SHORTEST_PASS`].
@@ -46,10 +47,13 @@ const MOST_ROWS: usize = 32;
 /// In seconds: to be woken up takes a part of it.
 const SHORTEST_PASS: f64 = 0.001;
 
-/// The part of a pass for which nobody must have come.
-const LINGER: f64 = 1.0 / 16.0;
+/// The part of a pass for which nobody must have come, where one group is better than several, and at a head.
+const LINGER: f64 = 1.0 / 8.0;
 
-/// As many times as long it lingers at the most, while one after another comes.
+/// Where it isn't known to be: what the hop before sent in one go is here sooner.
+const BURST: f64 = 1.0 / 32.0;
+
+/// So many times as long it lingers at the most, while one after another comes.
 const LINGERS: f64 = 4.0;
 
 /// Lingers of which brought somebody, if they are tried each time.
@@ -252,7 +256,15 @@ impl Gather {
         let usual = here.iter().filter_map(|step| self.sessions.get(&step.session)?.away);
         let usual = usual.reduce(|a, b| if a.mean > b.mean { a } else { b });
         let expected = self.expected(usual, now);
-        if expected.rows == 0 || !self.is_better_together(rows + expected.rows, usual) {
+        let is_better_together = self.is_better_together(rows + expected.rows, usual);
+        let linger = pass
+            * match self.meeting {
+                Meeting::FirstHop | Meeting::LaterHop if is_better_together => LINGER,
+                Meeting::FirstHop => 0.0,
+                Meeting::LaterHop => BURST,
+                Meeting::Head => LINGER,
+            };
+        if expected.rows == 0 || linger == 0.0 {
             return None;
         }
         let waited = here.iter().map(|step| seconds(step.arrived, now));
@@ -260,11 +272,10 @@ impl Gather {
         let forms = rows + expected.rows <= MOST_ROWS && self.may_form(oldest, limit.as_secs_f64(), now);
         let within = if forms {
             expected.within.min(limit.as_secs_f64() - oldest)
-        } else if self.luck >= LUCKY || self.passes.is_multiple_of(TRIES) {
-            let linger = LINGER * pass;
-            (linger - newest).min(LINGERS * linger - oldest)
+        } else if self.waiting.is_some_and(|waiting| waiting.forms) || self.is_unlucky() {
+            return None;
         } else {
-            0.0
+            (linger - newest).min(LINGERS * linger - oldest)
         };
         if within <= 0.0 {
             return None;
@@ -273,6 +284,11 @@ impl Gather {
             self.waiting = Some(Waiting { since: now, steps: here.len(), forms });
         }
         Some(now + Duration::from_secs_f64(within))
+    }
+
+    /// Whether lingering seems to be of no use, and this isn't the time to try it again.
+    fn is_unlucky(&self) -> bool {
+        self.luck < LUCKY && !self.passes.is_multiple_of(TRIES)
     }
 
     /// Whether there is time to form a group, or to go on with it, with a step that has waited for `oldest` seconds.
@@ -289,8 +305,7 @@ impl Gather {
 
     /// Whether one group of so many rows is better than two of half as many, if sessions stay away as `usual`.
     fn is_better_together(&self, rows: usize, usual: Option<Away>) -> bool {
-        // Behind the first hop, those who come in a burst are a group already.
-        if self.meeting != Meeting::FirstHop || self.slowness > QUIET {
+        if self.slowness > QUIET {
             return true;
         }
         match (self.costs.of(rows.div_ceil(2)), self.costs.of(rows), usual) {

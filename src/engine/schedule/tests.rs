@@ -66,6 +66,23 @@ fn a_step_that_waited_for_a_chunk_goes_without_one() {
 }
 
 #[test]
+fn a_step_that_waited_for_company_goes_without_a_chunk() {
+    let mut schedule = Schedule::new(512);
+    let mut demands = demands(&[300, 1]);
+    let began = demands[1].arrived;
+    // The prompt came, and ended the wait.
+    demands[0].arrived = began + Duration::from_millis(50);
+    schedule.waited(began + Duration::from_millis(50));
+    assert_eq!(pairs(&schedule.divide(&demands, false)), [(1, 1)]);
+    schedule.ran(PassRows { short: 1, long: 0 }, Duration::from_millis(1), began + Duration::from_millis(51));
+    assert_eq!(schedule.divide(&demands, false).len(), 2);
+    // As long as a chunk takes, and never longer.
+    assert_eq!(schedule.longest_wait(), Duration::from_millis(100));
+    schedule.ran(PassRows { short: 1, long: 0 }, Duration::from_millis(399), began + Duration::from_secs(1));
+    assert_eq!(schedule.longest_wait(), Duration::from_millis(400));
+}
+
+#[test]
 fn twenty_sessions_of_one_owner_get_no_more_than_one_of_another() {
     let mut schedule = Schedule::new(64);
     let mut all = demands(&[4000; 21]);
