@@ -6,28 +6,31 @@
 mod kernel;
 mod tile;
 
+use std::ops::Range;
+
 use kernel::Kernel;
 use pulp::{Simd, WithSimd};
-use rayon::prelude::*;
 
 use super::{
     alibi::Alibi,
     block::Batch,
-    kernels::on_vectors,
+    kernels::{Path, Rows, Slot, fill_all, on_vectors},
     linear::Linear,
     load::{LoadError, Source},
     norm::Norm,
     pages::PageId,
     planes::KvPlanes,
+    product::Tiles,
     rope::Angles,
     scratch::Scratch,
+    threads,
 };
 use crate::model::spec::AttentionSpec;
 
 /// Numbers that are normalised and rotated below which a second thread costs more than it saves.
-const MIN_PARALLEL_PLACING: usize = 1 << 16;
-/// Rows that a thread places at a time.
-const PLACED_AT_ONCE: usize = 16;
+const MIN_PARALLEL_PLACING: usize = 1 << 13;
+/// Rows that a thread places at a time, at most.
+const PLACED_AT_ONCE: usize = 8;
 
 /// Consecutive rows of a pass that belong to one lane.
 pub(super) struct RowRun<'a> {
@@ -75,30 +78,41 @@ impl Attention {
         })
     }
 
-    /// Attends from every row of `scratch.normed`, `[rows, hidden]`, after writing the rows' own keys and values to the cache.
-    /// The result is left in `scratch.attended`.
-    pub(super) fn forward(&self, batch: &Batch<'_>, cache: &mut KvPlanes, scratch: &mut Scratch) {
-        let Scratch { normed, qkv, mixed, attended, room, .. } = scratch;
-        let runs = batch.runs;
-        self.qkv.forward(normed, qkv, room);
-        self.place(qkv, batch.angles);
-        self.kernel.run(qkv, runs, cache, mixed);
-        self.output.forward(mixed, attended, room);
+    /// Places for the rows that it reads, besides `scratch.normed`.
+    pub(super) fn slots<'a>(&self, rows: usize, prepared: &'a mut Vec<Rows>) -> Vec<Slot<'a>> {
+        self.qkv.slots(rows, prepared)
     }
 
-    /// Normalises and rotates the heads of all rows in place.
-    fn place(&self, qkv: &mut [f32], angles: Option<&Angles>) {
-        if angles.is_none() && self.q_norm.is_none() && self.k_norm.is_none() {
-            return;
-        }
-        if qkv.len() < MIN_PARALLEL_PLACING {
-            on_vectors(Placing { attention: self, first_row: 0, qkv, angles });
-        } else {
-            qkv.par_chunks_mut(PLACED_AT_ONCE * self.kernel.row_width()).enumerate().for_each(|(index, qkv)| {
-                let first_row = index * PLACED_AT_ONCE;
+    /// Attends from every row of `scratch.normed`, `[rows, hidden]`, whose rows are also in the places that [`Attention::slots`] gave, after
+    /// writing the rows' own keys and values to the cache. The result is left for [`Attention::collect`].
+    pub(super) fn forward(&self, batch: &Batch<'_>, cache: &mut KvPlanes, scratch: &mut Scratch) {
+        let Scratch { normed, qkv, mixed, room, .. } = scratch;
+        self.qkv.multiply(normed, room);
+        let rows = room.tiles.rows();
+        qkv.resize(rows * self.kernel.row_width(), 0.0);
+        self.place(&room.tiles, qkv, batch.angles);
+        self.kernel.run(qkv, batch.runs, cache, mixed);
+        fill_all(self.output.slots(rows, &mut room.rows), mixed, Path::chosen());
+        self.output.multiply(mixed, room);
+    }
+
+    /// Takes some rows of the result into `attended`, `[rows, hidden]`.
+    pub(super) fn collect(&self, tiles: &Tiles, rows: Range<usize>, attended: &mut [f32]) {
+        self.output.collect(tiles, rows, attended);
+    }
+
+    /// Takes queries, keys and values of all rows out of the tiles, normalised and rotated.
+    fn place(&self, tiles: &Tiles, qkv: &mut [f32], angles: Option<&Angles>) {
+        let width = self.kernel.row_width();
+        let at_once = tiles.rows().div_ceil(2 * rayon::current_num_threads()).min(PLACED_AT_ONCE);
+        let is_worth_it = qkv.len() >= MIN_PARALLEL_PLACING;
+        let parts: Vec<_> = (0..).step_by(at_once).zip(qkv.chunks_mut(at_once * width)).collect();
+        threads::each(parts, is_worth_it, |(first_row, qkv)| {
+            self.qkv.collect(tiles, first_row..first_row + qkv.len() / width, qkv);
+            if angles.is_some() || self.q_norm.is_some() || self.k_norm.is_some() {
                 on_vectors(Placing { attention: self, first_row, qkv, angles });
-            });
-        }
+            }
+        });
     }
 }
 

@@ -1,8 +1,12 @@
 //! The one block: runs whatever a [`BlockSpec`] says.
 //!
-//! Between its two parts, attention and feed-forward, a block goes over the rows in three sweeps: into the first norm, from the
-//! first part to the second, and from the second part to the block's end. A sweep does all that there is to do to a row while it
-//! is in the nearest cache: norms, the residual sum, the rounding to the wire format, the search for numbers that are not finite.
+//! Between its two parts, attention and feed-forward, a block goes over the rows in two sweeps: from the first part to the second, and
+//! from the second part over the block's end to the next block's first. A sweep takes a group of rows, as many as products take at a time,
+//! and does all that there is to do to them while they are in the nearest cache: it takes them out of the tiles of the product before,
+//! norms, the residual sum, the rounding to the wire format, the search for numbers that are not finite, and puts them where the
+//! product after it reads them. Threads share the groups.
+
+use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
@@ -10,12 +14,15 @@ use super::{
     attention::{Attention, RowRun},
     ffn::Ffn,
     hidden,
-    kernels::on_vectors,
+    kernels::{Path, cut, on_vectors},
+    linear::plain_slots,
     load::{LoadError, Source},
     norm::Norm,
     planes::KvPlanes,
+    product::{Room, Tiles},
     rope::Angles,
     scratch::Scratch,
+    threads,
 };
 use crate::model::{
     Dtype,
@@ -23,7 +30,7 @@ use crate::model::{
 };
 
 /// Numbers of a sweep below which a second thread costs more than it saves.
-const MIN_PARALLEL: usize = 1 << 15;
+const MIN_PARALLEL: usize = 1 << 13;
 
 /// A loaded block.
 pub(super) struct Block {
@@ -44,8 +51,10 @@ pub(super) struct Batch<'a> {
     pub(super) runs: &'a [RowRun<'a>],
     /// Rotary angles of the rows, where the block has them.
     pub(super) angles: Option<&'a Angles>,
-    /// What the rows are rounded to, in order: so many rows to such a format.
-    pub(super) wires: &'a [(usize, Dtype)],
+    /// What each row is rounded to, `[rows]`.
+    pub(super) wires: &'a [Dtype],
+    /// The block that the rows run through after this one, in the same pass.
+    pub(super) next: Option<&'a Block>,
 }
 
 impl Block {
@@ -65,51 +74,71 @@ impl Block {
         })
     }
 
-    /// Runs the rows `x`, `[rows, hidden]`, through the block, in place. `scratch.broken` then says which of them have numbers
-    /// that are not finite.
-    ///
-    /// The sums are in f32; what leaves the block is rounded to each row's wire format, whether or not it travels, so
-    /// that the place of a cut between two nodes can't change a bit.
-    pub(super) fn forward(&self, x: &mut [f32], batch: &Batch<'_>, cache: &mut KvPlanes, scratch: &mut Scratch) {
+    /// Makes the rows `x`, `[rows, hidden]`, ready for the block: the first of a pass, for the others' rows the block before them does.
+    pub(super) fn begin(&self, x: &mut [f32], batch: &Batch<'_>, scratch: &mut Scratch) {
         scratch.normed.resize(x.len(), 0.0);
         scratch.attended.resize(x.len(), 0.0);
         scratch.fed.resize(x.len(), 0.0);
         scratch.broken.resize(x.len() / self.hidden, false);
-        self.sweep(Stage::Begin, Rows::new(x, scratch));
-        self.attention.forward(batch, cache, scratch);
-        self.sweep(Stage::Middle, Rows::new(x, scratch));
-        self.ffn.forward(scratch);
-        let mut rest = Rows::new(x, scratch);
-        for (rows, wire) in batch.wires {
-            let (these, others) = rest.split(*rows, self.hidden);
-            self.sweep(Stage::End(*wire), these);
-            rest = others;
-        }
+        self.sweep(Stage::Begin, x, batch.wires, scratch);
     }
 
-    fn sweep(&self, stage: Stage, rows: Rows<'_>) {
-        let count = rows.broken.len();
-        if rows.x.len() < MIN_PARALLEL || count < 2 {
-            on_vectors(Sweep { block: self, stage, rows });
-        } else {
-            let (above, below) = rows.split(count / 2, self.hidden);
-            rayon::join(|| self.sweep(stage, above), || self.sweep(stage, below));
-        }
+    /// Runs the rows `x`, `[rows, hidden]`, through the block, in place, and makes them ready for the next. `scratch.broken` then says
+    /// which of them have numbers that are not finite.
+    ///
+    /// The sums are in f32; what leaves the block is rounded to each row's wire format, whether or not it travels, so
+    /// that the place of a cut between two nodes can't change a bit.
+    pub(super) fn forward(&self, x: &mut [f32], batch: &Batch<'_>, cache: &mut KvPlanes, scratch: &mut Scratch) {
+        self.attention.forward(batch, cache, scratch);
+        self.sweep(Stage::Middle, x, batch.wires, scratch);
+        self.ffn.forward(scratch);
+        self.sweep(Stage::End { next: batch.next }, x, batch.wires, scratch);
+    }
+
+    fn sweep(&self, stage: Stage<'_>, x: &mut [f32], wires: &[Dtype], scratch: &mut Scratch) {
+        let Scratch { normed, attended, fed, broken, room: Room { rows: prepared, tiles, .. }, .. } = scratch;
+        let count = broken.len();
+        let slots = match stage {
+            Stage::Begin => self.attention.slots(count, prepared),
+            Stage::Middle => self.ffn.slots(count, prepared),
+            Stage::End { next: Some(next) } => next.attention.slots(count, prepared),
+            Stage::End { next: None } => plain_slots(count),
+        };
+        let is_worth_it = x.len() >= MIN_PARALLEL;
+        let (mut x, mut normed, mut attended) = (x, &mut normed[..], &mut attended[..]);
+        let (mut fed, mut broken) = (&mut fed[..], &mut broken[..]);
+        let tasks = slots.into_iter().map(|slot| {
+            let (place, count) = (slot.rows(), slot.rows().len());
+            let rows = Rows {
+                x: cut(&mut x, count * self.hidden),
+                normed: cut(&mut normed, count * self.hidden),
+                attended: cut(&mut attended, count * self.hidden),
+                fed: cut(&mut fed, count * self.hidden),
+                broken: cut(&mut broken, count),
+                wires: &wires[place.clone()],
+                place,
+            };
+            (slot, rows)
+        });
+        threads::each(tasks.collect(), is_worth_it, |(slot, mut rows)| {
+            on_vectors(Sweep { block: self, stage, tiles, rows: &mut rows });
+            slot.fill(rows.normed, Path::chosen());
+        });
     }
 }
 
 /// Where in a block a sweep is.
 #[derive(Clone, Copy)]
-enum Stage {
+enum Stage<'a> {
     /// Before attention.
     Begin,
     /// Between attention and feed-forward part.
     Middle,
-    /// Behind the feed-forward part, with the rows' wire format.
-    End(Dtype),
+    /// Behind the feed-forward part, and before the attention of the next block.
+    End { next: Option<&'a Block> },
 }
 
-/// Some rows of the buffers that sweeps go over, each `[rows, hidden]`.
+/// A group of rows of the buffers that sweeps go over, each `[rows, hidden]`.
 struct Rows<'a> {
     x: &'a mut [f32],
     normed: &'a mut [f32],
@@ -117,44 +146,37 @@ struct Rows<'a> {
     fed: &'a mut [f32],
     /// `[rows]`.
     broken: &'a mut [bool],
+    /// What the rows are rounded to.
+    wires: &'a [Dtype],
+    /// Which rows they are.
+    place: Range<usize>,
 }
 
-impl<'a> Rows<'a> {
-    fn new(x: &'a mut [f32], scratch: &'a mut Scratch) -> Self {
-        let Scratch { normed, attended, fed, broken, .. } = scratch;
-        Self { x, normed, attended, fed, broken }
-    }
-
-    /// The first `rows` rows, and the others.
-    fn split(self, rows: usize, hidden: usize) -> (Self, Self) {
-        let (x, other_x) = self.x.split_at_mut(rows * hidden);
-        let (normed, other_normed) = self.normed.split_at_mut(rows * hidden);
-        let (attended, other_attended) = self.attended.split_at_mut(rows * hidden);
-        let (fed, other_fed) = self.fed.split_at_mut(rows * hidden);
-        let (broken, other_broken) = self.broken.split_at_mut(rows);
-        let others =
-            Self { x: other_x, normed: other_normed, attended: other_attended, fed: other_fed, broken: other_broken };
-        (Self { x, normed, attended, fed, broken }, others)
-    }
-}
-
-struct Sweep<'a> {
+struct Sweep<'a, 'b> {
     block: &'a Block,
-    stage: Stage,
-    rows: Rows<'a>,
+    stage: Stage<'a>,
+    /// What the part before the sweep gave.
+    tiles: &'a Tiles,
+    rows: &'a mut Rows<'b>,
 }
 
-impl WithSimd for Sweep<'_> {
+impl WithSimd for Sweep<'_, '_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { block, stage, rows } = self;
-        let Rows { x, normed, attended, fed, broken } = rows;
+        let Self { block, stage, tiles, rows } = self;
+        let Rows { x, normed, attended, fed, broken, wires, place } = rows;
+        match stage {
+            Stage::Begin => {}
+            Stage::Middle => block.attention.collect(tiles, place.clone(), attended),
+            Stage::End { .. } => block.ffn.collect(tiles, place.clone(), fed),
+        }
         let hidden = block.hidden;
         let parts = normed.chunks_exact_mut(hidden).zip(attended.chunks_exact_mut(hidden));
         let streams = x.chunks_exact_mut(hidden).zip(fed.chunks_exact_mut(hidden));
-        for (((x, fed), (normed, attended)), broken) in streams.zip(parts).zip(broken) {
+        let ends = broken.iter_mut().zip(*wires);
+        for (((x, fed), (normed, attended)), (broken, wire)) in streams.zip(parts).zip(ends) {
             match stage {
                 Stage::Begin => {
                     normed.copy_from_slice(x);
@@ -177,7 +199,7 @@ impl WithSimd for Sweep<'_> {
                         norm.normalise_row(simd, normed);
                     }
                 }
-                Stage::End(wire) => {
+                Stage::End { next } => {
                     if let Some(norm) = &block.ffn_output_norm {
                         norm.normalise_row(simd, fed);
                     }
@@ -187,8 +209,12 @@ impl WithSimd for Sweep<'_> {
                         ResidualOrder::AfterNorm => x.copy_from_slice(normed),
                     }
                     add(x, fed);
-                    hidden::round(wire, x);
+                    hidden::round(*wire, x);
                     *broken = !hidden::is_finite(x);
+                    if let Some(next) = next {
+                        normed.copy_from_slice(x);
+                        next.attention_norm.normalise_row(simd, normed);
+                    }
                 }
             }
         }

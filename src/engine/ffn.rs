@@ -1,20 +1,24 @@
 //! The feed-forward part of a block.
 
+use std::{cell::RefCell, ops::Range};
+
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::{
     exp::{erf, exp, tanh},
     experts::Experts,
-    kernels::on_vectors,
-    linear::Linear,
+    kernels::{Path, Rows, Slot, cut, grown, on_vectors},
+    linear::{Linear, plain_slots},
     load::{LoadError, Source},
+    product::{Room, Tiles},
     scratch::Scratch,
+    threads,
 };
 use crate::model::spec::{Activation, FfnSpec, Gating};
 
 /// Numbers below which a second thread costs more than it saves.
-const MIN_PARALLEL: usize = 1 << 14;
+const MIN_PARALLEL: usize = 1 << 13;
 /// Pairs of gate and up projection that are taken apart at a time, where they alternate.
 const PAIRS: usize = 64;
 
@@ -42,23 +46,61 @@ impl Ffn {
         }
     }
 
-    /// From `scratch.normed` to `scratch.fed`, both `[rows, hidden]`.
-    pub(super) fn forward(&self, scratch: &mut Scratch) {
-        let Scratch { normed, gate_up: both, inner, fed, room, .. } = scratch;
+    /// Places for the rows that it reads, besides `scratch.normed`.
+    pub(super) fn slots<'a>(&self, rows: usize, prepared: &'a mut Vec<Rows>) -> Vec<Slot<'a>> {
         match self {
-            Self::Gated { gate_up, gate, down } => {
-                gate_up.forward(normed, both, room);
-                gate.forward(both, inner);
-                down.forward(inner, fed, room);
-            }
-            Self::Plain { up, activation, down } => {
-                up.forward(normed, inner, room);
-                activate_all(*activation, inner);
-                down.forward(inner, fed, room);
-            }
-            Self::Experts(experts) => experts.forward(scratch),
+            Self::Gated { gate_up: first, .. } | Self::Plain { up: first, .. } => first.slots(rows, prepared),
+            Self::Experts(_) => plain_slots(rows),
         }
     }
+
+    /// From `scratch.normed`, whose rows are also in the places that [`Ffn::slots`] gave, to what [`Ffn::collect`] takes.
+    pub(super) fn forward(&self, scratch: &mut Scratch) {
+        let Scratch { normed, inner, room, .. } = scratch;
+        let (first, down) = match self {
+            Self::Gated { gate_up, down, .. } => (gate_up, down),
+            Self::Plain { up, down, .. } => (up, down),
+            Self::Experts(experts) => return experts.forward(scratch),
+        };
+        first.multiply(normed, room);
+        let Room { rows: prepared, tiles, .. } = room;
+        let (rows, width) = (tiles.rows(), down.inputs());
+        inner.resize(rows * width, 0.0);
+        let mut rest = &mut inner[..];
+        let tasks = down.slots(rows, prepared).into_iter().map(|slot| {
+            let inner = cut(&mut rest, slot.rows().len() * width);
+            (slot, inner)
+        });
+        threads::each(tasks.collect(), rows * width >= MIN_PARALLEL, |(slot, inner)| {
+            match self {
+                Self::Gated { gate, .. } => BOTH.with_borrow_mut(|both| {
+                    let both = grown(both, 2 * inner.len());
+                    first.collect(tiles, slot.rows(), both);
+                    on_vectors(GatedRows { gate: *gate, both, product: inner });
+                }),
+                Self::Plain { activation, .. } => {
+                    first.collect(tiles, slot.rows(), inner);
+                    on_vectors(Activated { activation: *activation, values: inner });
+                }
+                Self::Experts(_) => {}
+            }
+            slot.fill(inner, Path::chosen());
+        });
+        down.multiply(inner, room);
+    }
+
+    /// Takes some rows of the result into `fed`, `[rows, hidden]`; those of a mixture are there already.
+    pub(super) fn collect(&self, tiles: &Tiles, rows: Range<usize>, fed: &mut [f32]) {
+        match self {
+            Self::Gated { down, .. } | Self::Plain { down, .. } => down.collect(tiles, rows, fed),
+            Self::Experts(_) => {}
+        }
+    }
+}
+
+thread_local! {
+    /// Gate and up projection of some rows, while they are in hand.
+    static BOTH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// What stands between a gated part's two products.
@@ -146,15 +188,6 @@ fn gated<S: Simd>(simd: S, gating: Gating, gate: S::f32s, up: S::f32s) -> S::f32
 }
 
 /// Applies an activation to every number of `values`.
-fn activate_all(activation: Activation, values: &mut [f32]) {
-    if values.len() < MIN_PARALLEL {
-        on_vectors(Activated { activation, values });
-    } else {
-        let chunks = values.par_chunks_mut(MIN_PARALLEL / 2);
-        chunks.for_each(|values| on_vectors(Activated { activation, values }));
-    }
-}
-
 struct Activated<'a> {
     activation: Activation,
     values: &'a mut [f32],
@@ -215,7 +248,7 @@ mod tests {
 
     fn of(activation: Activation, x: f32) -> f32 {
         let mut values = [x];
-        activate_all(activation, &mut values);
+        on_vectors(Activated { activation, values: &mut values });
         values[0]
     }
 

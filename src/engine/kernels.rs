@@ -48,7 +48,7 @@ use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 use pulp::Scalar;
 use pulp::{Arch, WithSimd};
-pub(super) use rows::{FloatRows, Rows};
+pub(super) use rows::{FloatRows, Rows, Slot, cut, fill_all, grown};
 pub(super) use tiles::{Layout, TILE};
 
 /// What the environment variable that chooses a path is called.

@@ -213,11 +213,19 @@ impl Span {
                 here.iter().for_each(|index| self.apart.extend_from_slice(&self.states[places[*index].clone()]));
             }
             let x = if all { &mut self.states[..] } else { &mut self.apart[..] };
-            for index in stretch {
-                let LoadedBlock { block, cache, rope } = &mut self.blocks[index - self.first];
+            let mut blocks = &mut self.blocks[stretch.start - self.first..stretch.end - self.first];
+            let mut index = stretch.start;
+            while let Some((LoadedBlock { block, cache, rope }, others)) = blocks.split_first_mut() {
                 let angles = rope.map(|rope| &self.ropes[rope].1);
-                block.forward(x, &Batch { runs: &group.runs, angles, wires: &group.wires }, cache, &mut self.scratch);
+                let next = others.first().map(|next| &next.block);
+                let batch = Batch { runs: &group.runs, angles, wires: &group.wires, next };
+                if index == stretch.start {
+                    block.begin(x, &batch, &mut self.scratch);
+                }
+                block.forward(x, &batch, cache, &mut self.scratch);
                 group.find_flaws(&self.scratch.broken, index, &mut flaws);
+                blocks = others;
+                index += 1;
             }
             if !all {
                 for (index, (start, rows)) in here.iter().zip(&group.places) {
@@ -265,7 +273,8 @@ struct Group<'a> {
     runs: Vec<RowRun<'a>>,
     /// Of each run.
     rope_lengths: Vec<usize>,
-    wires: Vec<(usize, Dtype)>,
+    /// Of each row.
+    wires: Vec<Dtype>,
     /// First row and number of rows of each segment.
     places: Vec<(usize, usize)>,
     /// Which segments they are.
@@ -289,7 +298,7 @@ impl<'a> Group<'a> {
                 group.runs.push(RowRun { first_row: row, rows: *rows, position: *position, pages });
                 row += rows;
             }
-            group.wires.push((row - start, segment.wire));
+            group.wires.resize(row, segment.wire);
             group.places.push((start, row - start));
         }
         group

@@ -9,14 +9,17 @@ use std::{cell::RefCell, ops::Range};
 use rayon::prelude::*;
 
 use super::{
-    kernels::{Path, Rows, TILE, TileProduct, WideProduct, transpose},
+    kernels::{Path, Rows, TILE, TileProduct, WideProduct, grown, transpose},
     matrix::Matrix,
+    threads,
 };
 
 /// Multiplications below which a second thread costs more than it saves (some 20 µs of one core's work).
 const MIN_PARALLEL: usize = 1 << 19;
 /// Parts that a large product is cut into for each thread, so that an uneven split evens out.
 const PARTS_PER_THREAD: usize = 4;
+/// Rows that are taken out of tiles at a time: they are neighbours there.
+const COLLECTED_ROWS: usize = 8;
 /// Tiles that are widened at a time: enough for the chains of a lone row, and with 4096 inputs still in a level-2 cache.
 const WIDENED_TILES: usize = 2;
 
@@ -35,9 +38,52 @@ pub(super) struct Room {
     /// Rows with their columns in the orders of matrices, one buffer an order.
     pub(super) gathered: Vec<Vec<f32>>,
     /// Rows as kernels read them: those of the first operand, of the first operand with other rows, and so on.
-    rows: Vec<Rows>,
-    /// The result, `[tiles, rows, TILE]`.
-    tiles: Vec<f32>,
+    pub(super) rows: Vec<Rows>,
+    /// The result of a product whose reader takes it from here.
+    pub(super) tiles: Tiles,
+}
+
+/// The result of a product as kernels leave it. Who reads it takes out rows: it has more to do with them, and does it while they are
+/// near.
+#[derive(Default)]
+pub(super) struct Tiles {
+    /// `[tiles, rows, TILE]`.
+    values: Vec<f32>,
+    rows: usize,
+}
+
+impl Tiles {
+    /// Computes a product, whose rows have been prepared.
+    pub(super) fn fill(&mut self, product: &Product<'_>, prepared: &[Rows]) {
+        self.rows = product.rows;
+        product.run(prepared, grown(&mut self.values, product.tiles() * product.rows * TILE));
+    }
+
+    /// Rows of the result.
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Takes out some rows, `[rows, Σ widths]`: of each matrix in turn so many outputs.
+    pub(super) fn collect(&self, widths: impl Iterator<Item = usize>, rows: Range<usize>, y: &mut [f32]) {
+        let outputs = y.len() / rows.len().max(1);
+        let (mut tile, mut column) = (0, 0);
+        for width in widths {
+            for first in (0..width).step_by(TILE) {
+                let count = TILE.min(width - first);
+                let from = &self.values[(tile * self.rows + rows.start) * TILE..][..rows.len() * TILE];
+                for (row, from) in from.as_chunks::<TILE>().0.iter().enumerate() {
+                    let to = &mut y[row * outputs + column..][..count];
+                    match to.as_chunks_mut() {
+                        ([to], _) => *to = *from,
+                        _ => to.copy_from_slice(&from[..count]),
+                    }
+                }
+                tile += 1;
+                column += count;
+            }
+        }
+    }
 }
 
 /// `y = x · wᵀ` for several matrices, side by side: `[rows, Σ outputs]`. All have the same number of rows in `x`, at least one.
@@ -48,57 +94,29 @@ pub(super) fn products(operands: &[Operands<'_>], y: &mut Vec<f32>, room: &mut R
 /// The same on a certain path.
 pub(super) fn products_on(path: Path, operands: &[Operands<'_>], y: &mut Vec<f32>, room: &mut Room) {
     let outputs: usize = operands.iter().map(|each| each.w.outputs()).sum();
-    let rows = operands.first().map_or(0, |each| each.x.len() / each.w.inputs());
-    let Room { rows: prepared, tiles: in_tiles, .. } = room;
-    let parts = prepare(operands, prepared, path);
-    let prepared = &prepared[..];
-    let count = parts.last().map_or(0, |part| part.tiles.end);
-    let each = rows * TILE;
-
-    // The tiles of a lone row are the row itself, if none is cut.
-    let is_row = rows == 1 && operands.iter().all(|each| each.w.outputs().is_multiple_of(TILE));
-    let to = if is_row { &mut *y } else { &mut *in_tiles };
-    to.resize(count * each, 0.0);
-    let work: usize = operands.iter().map(|each| each.x.len() * each.w.outputs()).sum();
-    let threads = rayon::current_num_threads();
-    let run = |first: usize, to: &mut [f32]| {
-        let tiles = first..first + to.len() / each;
-        for part in &parts {
-            let own = part.tiles.start.max(tiles.start)..part.tiles.end.min(tiles.end);
-            if own.start < own.end {
-                let to = &mut to[(own.start - first) * each..(own.end - first) * each];
-                let tiles = own.start - part.tiles.start..own.end - part.tiles.start;
-                part.run(path, &prepared[part.rows], tiles, to);
-            }
-        }
-    };
-    if threads < 2 || work < MIN_PARALLEL {
-        run(0, to);
-    } else {
-        let tiles = count.div_ceil(threads * PARTS_PER_THREAD).max(1);
-        to.par_chunks_mut(tiles * each).enumerate().for_each(|(index, to)| run(index * tiles, to));
-    }
-    if is_row {
-        return;
-    }
-
+    let Room { rows: prepared, tiles, .. } = room;
+    let product = Product::preparing(path, operands, prepared);
+    let rows = product.rows;
     y.resize(rows * outputs, 0.0);
-    let tiles = &in_tiles[..];
-    let collect = |(row, y): (usize, &mut [f32])| {
-        let mut y = &mut y[..];
-        for part in &parts {
-            let (own, others) = std::mem::take(&mut y).split_at_mut(part.w.outputs());
-            y = others;
-            for (tile, own) in part.tiles.clone().zip(own.chunks_mut(TILE)) {
-                own.copy_from_slice(&tiles[(tile * rows + row) * TILE..][..own.len()]);
-            }
-        }
-    };
-    if work < MIN_PARALLEL {
-        y.chunks_exact_mut(outputs).enumerate().for_each(collect);
-    } else {
-        y.par_chunks_exact_mut(outputs).enumerate().for_each(collect);
+    // The tiles of a lone row are the row itself, if none is cut.
+    if rows == 1 && operands.iter().all(|each| each.w.outputs().is_multiple_of(TILE)) {
+        return product.run(prepared, y);
     }
+    tiles.fill(&product, prepared);
+    let tiles = &*tiles;
+    let at_once = rows.div_ceil(rayon::current_num_threads() * PARTS_PER_THREAD).min(COLLECTED_ROWS);
+    let parts: Vec<_> = (0..).step_by(at_once).zip(y.chunks_mut(at_once * outputs)).collect();
+    threads::each(parts, product.work() >= MIN_PARALLEL, |(first, y)| {
+        let widths = operands.iter().map(|each| each.w.outputs());
+        tiles.collect(widths, first..first + y.len() / outputs, y);
+    });
+}
+
+/// Matrices side by side, and which rows they are multiplied with.
+pub(super) struct Product<'a> {
+    path: Path,
+    parts: Vec<Part<'a>>,
+    rows: usize,
 }
 
 /// One matrix of a product.
@@ -110,30 +128,80 @@ struct Part<'a> {
     tiles: Range<usize>,
 }
 
-/// Puts rows into the forms that their matrices want, and counts tiles.
-fn prepare<'a>(operands: &[Operands<'a>], prepared: &mut Vec<Rows>, path: Path) -> Vec<Part<'a>> {
-    let mut parts: Vec<Part<'a>> = Vec::with_capacity(operands.len());
-    let mut known: Vec<(*const f32, bool)> = Vec::with_capacity(operands.len());
-    for Operands { x, w } in operands {
-        let is_rounded = w.layout().is_some_and(|layout| layout.has_blocks());
-        let key = (x.as_ptr(), is_rounded);
-        let rows = known.iter().position(|known| *known == key).unwrap_or_else(|| {
-            known.push(key);
-            let index = known.len() - 1;
-            if prepared.len() <= index {
-                prepared.push(Rows::default());
-            }
-            if is_rounded {
-                prepared[index].fill_blocks(x, w.inputs(), path);
-            } else {
-                prepared[index].fill_floats(x, w.inputs(), path);
-            }
-            index
-        });
-        let start = parts.last().map_or(0, |part| part.tiles.end);
-        parts.push(Part { w, rows, tiles: start..start + w.outputs().div_ceil(TILE) });
+impl<'a> Product<'a> {
+    /// Puts rows into the forms that their matrices want.
+    pub(super) fn preparing(path: Path, operands: &[Operands<'a>], prepared: &mut Vec<Rows>) -> Self {
+        let rows = operands.first().map_or(0, |each| each.x.len() / each.w.inputs());
+        let mut product = Self { path, parts: Vec::with_capacity(operands.len()), rows };
+        let mut known: Vec<(*const f32, bool)> = Vec::with_capacity(operands.len());
+        for Operands { x, w } in operands {
+            let key = (x.as_ptr(), reads_blocks(w));
+            let rows = known.iter().position(|known| *known == key).unwrap_or_else(|| {
+                known.push(key);
+                let index = known.len() - 1;
+                if prepared.len() <= index {
+                    prepared.push(Rows::default());
+                }
+                if reads_blocks(w) {
+                    prepared[index].fill_blocks(x, w.inputs(), path);
+                } else {
+                    prepared[index].fill_floats(x, w.inputs(), path);
+                }
+                index
+            });
+            product.push(w, rows);
+        }
+        product
     }
-    parts
+
+    /// Of so many rows, which are prepared already, and the same for all matrices.
+    pub(super) fn prepared(path: Path, matrices: impl Iterator<Item = &'a Matrix>, rows: usize) -> Self {
+        let mut product = Self { path, parts: Vec::with_capacity(matrices.size_hint().0), rows };
+        matrices.for_each(|w| product.push(w, 0));
+        product
+    }
+
+    fn push(&mut self, w: &'a Matrix, rows: usize) {
+        let start = self.tiles();
+        self.parts.push(Part { w, rows, tiles: start..start + w.outputs().div_ceil(TILE) });
+    }
+
+    fn tiles(&self) -> usize {
+        self.parts.last().map_or(0, |part| part.tiles.end)
+    }
+
+    /// Multiplications.
+    fn work(&self) -> usize {
+        self.parts.iter().map(|part| self.rows * part.w.inputs() * part.w.outputs()).sum()
+    }
+
+    /// To `y`, `[tiles, rows, TILE]`.
+    fn run(&self, prepared: &[Rows], y: &mut [f32]) {
+        let each = self.rows * TILE;
+        let run = |first: usize, y: &mut [f32]| {
+            let tiles = first..first + y.len() / each;
+            for part in &self.parts {
+                let own = part.tiles.start.max(tiles.start)..part.tiles.end.min(tiles.end);
+                if own.start < own.end {
+                    let y = &mut y[(own.start - first) * each..(own.end - first) * each];
+                    let tiles = own.start - part.tiles.start..own.end - part.tiles.start;
+                    part.run(self.path, &prepared[part.rows], tiles, y);
+                }
+            }
+        };
+        let threads = rayon::current_num_threads();
+        if threads < 2 || self.work() < MIN_PARALLEL {
+            run(0, y);
+        } else {
+            let tiles = self.tiles().div_ceil(threads * PARTS_PER_THREAD).max(1);
+            y.par_chunks_mut(tiles * each).enumerate().for_each(|(index, y)| run(index * tiles, y));
+        }
+    }
+}
+
+/// Whether rows are rounded for the matrix.
+pub(super) fn reads_blocks(w: &Matrix) -> bool {
+    w.layout().is_some_and(|layout| layout.has_blocks())
 }
 
 thread_local! {

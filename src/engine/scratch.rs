@@ -3,7 +3,7 @@
 use super::{experts::Grouping, product::Room};
 
 /// One buffer for each role. A part of a block reads [`Scratch::normed`] and leaves what it adds to the residual stream in
-/// [`Scratch::attended`] or [`Scratch::fed`].
+/// `room.tiles`, from which a sweep takes it into [`Scratch::attended`] or [`Scratch::fed`].
 #[derive(Default)]
 pub(super) struct Scratch {
     /// The residual stream through a norm, `[rows, hidden]`.
@@ -14,7 +14,7 @@ pub(super) struct Scratch {
     pub(super) mixed: Vec<f32>,
     /// What attention gives, `[rows, hidden]`.
     pub(super) attended: Vec<f32>,
-    /// Gate and up projection, `[rows, 2 · intermediate]`.
+    /// Gate and up projection of an expert, `[rows, 2 · intermediate]`.
     pub(super) gate_up: Vec<f32>,
     /// What the down projection reads, `[rows, intermediate]`.
     pub(super) inner: Vec<f32>,

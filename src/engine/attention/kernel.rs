@@ -10,20 +10,21 @@ use rayon::prelude::*;
 
 use super::{
     RowRun,
-    tile::{Attend, TileRoom},
+    tile::{Attend, BLOCK, TileRoom},
 };
 use crate::engine::{
     alibi::Alibi,
     floats::Stored,
-    kernels::on_vectors,
+    kernels::{cut, on_vectors},
     pages::PAGE_TOKENS,
     planes::{KvPlanes, Planes, each},
+    threads,
 };
 
 /// Queries of a tile. They share a page that is widened, and their results stay in a level-2 cache.
 const TILE_QUERIES: usize = 48;
 /// Multiplications below which a second thread costs more than it saves.
-const MIN_PARALLEL: usize = 1 << 19;
+const MIN_PARALLEL: usize = 1 << 18;
 
 /// What the scores and sums of a block's attention depend on.
 #[derive(Debug)]
@@ -111,7 +112,7 @@ impl Kernel {
         tiles.clear();
         let mut work = 0;
         for (index, run) in runs.iter().enumerate() {
-            work += run.rows * (run.position + run.rows) * self.q_width();
+            work += run.rows * (run.position + run.rows).next_multiple_of(BLOCK) * self.q_width();
             for first in (0..run.rows).step_by(tile_rows) {
                 let rows = tile_rows.min(run.rows - first);
                 tiles.extend((0..self.kv_heads).map(|kv_head| Tile { run: index, first, rows, kv_head }));
@@ -149,12 +150,17 @@ impl Kernel {
         }
         results.resize(tiles.len() * size, 0.0);
         attend_all(results);
-        for (result, tile) in results.chunks_exact(size).zip(&*tiles) {
-            let first = runs[tile.run].first_row + tile.first;
-            for (row, values) in result.chunks_exact(width).take(tile.rows).enumerate() {
-                mixed[(first + row) * self.q_width() + tile.kv_head * width..][..width].copy_from_slice(values);
+        // The tiles of the same rows are neighbours, and follow the rows.
+        let mut rest = &mut mixed[..];
+        let parts = tiles.chunks_exact(self.kv_heads).zip(results.chunks_exact(self.kv_heads * size));
+        let parts = parts.map(|(tiles, results)| (results, cut(&mut rest, tiles[0].rows * self.q_width())));
+        threads::each(parts.collect(), work >= MIN_PARALLEL, |(results, mixed)| {
+            for (head, result) in results.chunks_exact(size).enumerate() {
+                for (row, values) in mixed.chunks_exact_mut(self.q_width()).zip(result.chunks_exact(width)) {
+                    row[head * width..][..width].copy_from_slice(values);
+                }
             }
-        }
+        });
     }
 }
 

@@ -31,7 +31,7 @@ use crate::engine::{
 };
 
 /// Positions between two looks at the highest score.
-const BLOCK: usize = BLOCK_PAGES * PAGE_TOKENS;
+pub(super) const BLOCK: usize = BLOCK_PAGES * PAGE_TOKENS;
 /// Pages of a block.
 const BLOCK_PAGES: usize = 4;
 /// Queries side by side. Six chains of 16 numbers, 16 of a page and one of a query fit the 16 registers of AVX2.

@@ -2,9 +2,8 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::{Isa, Kernel, Path};
+use crate::engine::threads;
 
 /// Numbers of a row that share a scale.
 const BLOCK: usize = 32;
@@ -15,7 +14,7 @@ const LARGEST: f32 = 127.0;
 /// Blocks without a larger number are zero: the inverse of their scale might not be finite.
 const SMALLEST: f32 = 1e-30;
 /// Numbers below which a second thread costs more than it saves.
-const MIN_PARALLEL: usize = 1 << 16;
+const MIN_PARALLEL: usize = 1 << 14;
 
 /// Rows in one of the forms that products read, or in both.
 #[derive(Debug, Default)]
@@ -27,17 +26,108 @@ pub(in crate::engine) struct Rows {
 impl Rows {
     /// Takes `x`, `[rows, inputs]`, for products with floating point numbers.
     pub(in crate::engine) fn fill_floats(&mut self, x: &[f32], inputs: usize, path: Path) {
-        self.floats.fill(x, inputs, path);
+        fill_all(self.float_slots(x.len() / inputs, inputs, path), x, path);
     }
 
     /// Takes `x`, `[rows, inputs]`, for products with blocks; `inputs` is a multiple of 32.
     pub(in crate::engine) fn fill_blocks(&mut self, x: &[f32], inputs: usize, path: Path) {
-        self.blocks.fill(x, inputs, path);
+        fill_all(self.block_slots(x.len() / inputs, inputs, path), x, path);
+    }
+
+    /// Places for `rows` rows for products with floating point numbers, group by group. All of them are to be filled.
+    pub(in crate::engine) fn float_slots(&mut self, rows: usize, inputs: usize, path: Path) -> Vec<Slot<'_>> {
+        let FloatRows { groups, values } = &mut self.floats;
+        *groups = Groups::new(rows, path.float_rows());
+        let mut values = grown(values, rows * inputs);
+        let slot = |rows: Range<usize>| Slot { form: Form::Floats(cut(&mut values, rows.len() * inputs)), rows };
+        (0..groups.count()).map(|group| groups.get(group)).map(slot).collect()
+    }
+
+    /// The same for products with blocks; `inputs` is a multiple of 32.
+    pub(in crate::engine) fn block_slots(&mut self, rows: usize, inputs: usize, path: Path) -> Vec<Slot<'_>> {
+        let BlockRows { groups, codes, scales, sums } = &mut self.blocks;
+        *groups = Groups::new(rows, path.block_rows());
+        let numbers = rows * inputs;
+        let mut codes = grown(codes, numbers / 4);
+        let mut scales = grown(scales, numbers / BLOCK);
+        let mut sums = grown(sums, numbers / HALF_BLOCK);
+        let slot = |rows: Range<usize>| {
+            let numbers = rows.len() * inputs;
+            let codes = cut(&mut codes, numbers / 4);
+            let scales = cut(&mut scales, numbers / BLOCK);
+            Slot { form: Form::Blocks { codes, scales, sums: cut(&mut sums, numbers / HALF_BLOCK) }, rows }
+        };
+        (0..groups.count()).map(|group| groups.get(group)).map(slot).collect()
     }
 
     pub(in crate::engine) fn floats(&self) -> &FloatRows {
         &self.floats
     }
+}
+
+/// The first `count` of a buffer that only grows; they hold whatever was there.
+pub(in crate::engine) fn grown<T: Clone + Default>(buffer: &mut Vec<T>, count: usize) -> &mut [T] {
+    if buffer.len() < count {
+        buffer.resize(count, T::default());
+    }
+    &mut buffer[..count]
+}
+
+/// Takes the first `count` of `rest` away.
+pub(in crate::engine) fn cut<'a, T>(rest: &mut &'a mut [T], count: usize) -> &'a mut [T] {
+    let (own, others) = std::mem::take(rest).split_at_mut(count);
+    *rest = others;
+    own
+}
+
+/// A place for the rows of one group, for whoever has them at hand.
+pub(in crate::engine) struct Slot<'a> {
+    rows: Range<usize>,
+    form: Form<'a>,
+}
+
+enum Form<'a> {
+    /// Rows stay where they are.
+    None,
+    Floats(&'a mut [f32]),
+    Blocks {
+        codes: &'a mut [[i8; 4]],
+        scales: &'a mut [f32],
+        sums: &'a mut [i32],
+    },
+}
+
+impl Slot<'_> {
+    /// A place where nothing is put: the rows are wanted in other forms, later.
+    pub(in crate::engine) fn none(rows: Range<usize>) -> Self {
+        Self { rows, form: Form::None }
+    }
+
+    /// The rows of the group.
+    pub(in crate::engine) fn rows(&self) -> Range<usize> {
+        self.rows.clone()
+    }
+
+    /// Puts the group's rows here, `[rows, inputs]`.
+    pub(in crate::engine) fn fill(self, x: &[f32], path: Path) {
+        let rows = self.rows.len();
+        match self.form {
+            Form::None => {}
+            Form::Floats(values) => interleave(x, rows, values),
+            Form::Blocks { codes, scales, sums } => path.run(Rounding { x, rows, codes, scales, sums }),
+        }
+    }
+}
+
+/// Fills slots from all rows, `[rows, inputs]`.
+pub(in crate::engine) fn fill_all(slots: Vec<Slot<'_>>, x: &[f32], path: Path) {
+    let rows = slots.last().map_or(1, |slot| slot.rows.end);
+    let inputs = x.len() / rows;
+    let fill = |slot: Slot<'_>| {
+        let x = &x[slot.rows.start * inputs..slot.rows.end * inputs];
+        slot.fill(x, path);
+    };
+    threads::each(slots, x.len() >= MIN_PARALLEL, fill);
 }
 
 /// How rows are divided into groups of about the same size, at most `most` each.
@@ -67,18 +157,6 @@ impl Groups {
         let start = |group: usize| group * size + group.min(larger);
         start(group)..start(group + 1)
     }
-
-    /// Cuts `values`, so many for each row, at the groups.
-    fn cut<T>(self, mut values: &mut [T], each: usize) -> Vec<(Range<usize>, &mut [T])> {
-        let mut cut = Vec::with_capacity(self.count);
-        for group in 0..self.count {
-            let rows = self.get(group);
-            let (own, others) = std::mem::take(&mut values).split_at_mut(rows.len() * each);
-            cut.push((rows, own));
-            values = others;
-        }
-        cut
-    }
 }
 
 /// Rows of f32: of each group `[inputs, rows of the group]`.
@@ -88,41 +166,25 @@ pub(in crate::engine) struct FloatRows {
     pub(super) values: Vec<f32>,
 }
 
-impl FloatRows {
-    fn fill(&mut self, x: &[f32], inputs: usize, path: Path) {
-        let rows = x.len() / inputs;
-        self.groups = Groups::new(rows, path.float_rows());
-        if rows == 1 {
-            self.values.clear();
-            self.values.extend_from_slice(x);
-            return;
-        }
-        self.values.resize(x.len(), 0.0);
-        let interleave = |(rows, to): (Range<usize>, &mut [f32])| {
-            let from = &x[rows.start * inputs..rows.end * inputs];
-            match rows.len() {
-                2 => interleave::<2>(from, to),
-                3 => interleave::<3>(from, to),
-                4 => interleave::<4>(from, to),
-                5 => interleave::<5>(from, to),
-                6 => interleave::<6>(from, to),
-                count => {
-                    for (input, to) in to.chunks_exact_mut(count).enumerate() {
-                        to.iter_mut().enumerate().for_each(|(row, to)| *to = from[row * inputs + input]);
-                    }
-                }
+/// Puts `rows` rows, `[rows, inputs]`, side by side: `[inputs, rows]`.
+fn interleave(from: &[f32], rows: usize, to: &mut [f32]) {
+    match rows {
+        1 => to.copy_from_slice(from),
+        2 => interleave_few::<2>(from, to),
+        3 => interleave_few::<3>(from, to),
+        4 => interleave_few::<4>(from, to),
+        5 => interleave_few::<5>(from, to),
+        6 => interleave_few::<6>(from, to),
+        _ => {
+            let inputs = from.len() / rows;
+            for (input, to) in to.chunks_exact_mut(rows).enumerate() {
+                to.iter_mut().enumerate().for_each(|(row, to)| *to = from[row * inputs + input]);
             }
-        };
-        let groups = self.groups.cut(&mut self.values, inputs);
-        if x.len() < MIN_PARALLEL {
-            groups.into_iter().for_each(interleave);
-        } else {
-            groups.into_par_iter().for_each(interleave);
         }
     }
 }
 
-fn interleave<const R: usize>(from: &[f32], to: &mut [f32]) {
+fn interleave_few<const R: usize>(from: &[f32], to: &mut [f32]) {
     let inputs = from.len() / R;
     let from: [&[f32]; R] = std::array::from_fn(|row| &from[row * inputs..][..inputs]);
     for (input, to) in to.as_chunks_mut::<R>().0.iter_mut().enumerate() {
@@ -142,28 +204,6 @@ pub(in crate::engine) struct BlockRows {
     pub(super) scales: Vec<f32>,
     /// What 16 codes add up to; of each group `[inputs / 16, rows of the group]`.
     pub(super) sums: Vec<i32>,
-}
-
-impl BlockRows {
-    fn fill(&mut self, x: &[f32], inputs: usize, path: Path) {
-        let rows = x.len() / inputs;
-        self.groups = Groups::new(rows, path.block_rows());
-        self.codes.resize(x.len() / 4, [0; 4]);
-        self.scales.resize(x.len() / BLOCK, 0.0);
-        self.sums.resize(x.len() / HALF_BLOCK, 0);
-        let codes = self.groups.cut(&mut self.codes, inputs / 4);
-        let scales = self.groups.cut(&mut self.scales, inputs / BLOCK);
-        let sums = self.groups.cut(&mut self.sums, inputs / HALF_BLOCK);
-        let parts = codes.into_iter().zip(scales).zip(sums).map(|(((rows, codes), (_, scales)), (_, sums))| {
-            let x = &x[rows.start * inputs..rows.end * inputs];
-            Rounding { x, rows: rows.len(), codes, scales, sums }
-        });
-        if x.len() < MIN_PARALLEL {
-            parts.for_each(|part| path.run(part));
-        } else {
-            parts.collect::<Vec<_>>().into_par_iter().for_each(|part| path.run(part));
-        }
-    }
 }
 
 /// Rounds the rows of one group.
