@@ -242,12 +242,12 @@ impl<A: Isa, K: Kernel> pulp::NullaryFnOnce for On<A, K> {
 /// The product of some rows with consecutive tiles of one matrix, on one thread.
 pub(super) struct TileProduct<'a> {
     pub(super) layout: Layout,
-    /// The tiles, one behind the other.
+    /// The tiles, one behind the other. There may be more than `y` has room for: what comes next, to be fetched.
     pub(super) tiles: &'a [u8],
     /// Length of a sum.
     pub(super) inputs: usize,
     pub(super) rows: &'a Rows,
-    /// `[tiles, rows, TILE]`.
+    /// `[tiles, rows, TILE]`, of as many tiles as are wanted.
     pub(super) y: &'a mut [f32],
 }
 

@@ -16,8 +16,11 @@ use super::{
 
 /// Multiplications below which a second thread costs more than it saves (some 20 µs of one core's work).
 const MIN_PARALLEL: usize = 1 << 19;
-/// Parts that a large product is cut into for each thread, so that an uneven split evens out.
-const PARTS_PER_THREAD: usize = 4;
+/// Parts that a large product is cut into for each thread, so that an uneven split evens out. Who is done early and has long to wait
+/// goes to sleep, and wakes up late for the next product: the last part has to be short.
+const PARTS_PER_THREAD: usize = 16;
+/// Tiles that a part has at least: as many as a lone row takes at a time.
+const MIN_TILES: usize = 4;
 /// Rows that are taken out of tiles at a time: they are neighbours there.
 const COLLECTED_ROWS: usize = 8;
 /// Tiles that are widened at a time: enough for the chains of a lone row, and with 4096 inputs still in a level-2 cache.
@@ -104,7 +107,7 @@ pub(super) fn products_on(path: Path, operands: &[Operands<'_>], y: &mut Vec<f32
     }
     tiles.fill(&product, prepared);
     let tiles = &*tiles;
-    let at_once = rows.div_ceil(rayon::current_num_threads() * PARTS_PER_THREAD).min(COLLECTED_ROWS);
+    let at_once = rows.div_ceil(2 * rayon::current_num_threads()).min(COLLECTED_ROWS);
     let parts: Vec<_> = (0..).step_by(at_once).zip(y.chunks_mut(at_once * outputs)).collect();
     threads::each(parts, product.work() >= MIN_PARALLEL, |(first, y)| {
         let widths = operands.iter().map(|each| each.w.outputs());
@@ -193,7 +196,7 @@ impl<'a> Product<'a> {
         if threads < 2 || self.work() < MIN_PARALLEL {
             run(0, y);
         } else {
-            let tiles = self.tiles().div_ceil(threads * PARTS_PER_THREAD).max(1);
+            let tiles = self.tiles().div_ceil(threads * PARTS_PER_THREAD).max(MIN_TILES);
             y.par_chunks_mut(tiles * each).enumerate().for_each(|(index, y)| run(index * tiles, y));
         }
     }
@@ -214,7 +217,8 @@ impl Part<'_> {
     fn run(&self, path: Path, rows: &Rows, tiles: Range<usize>, y: &mut [f32]) {
         let inputs = self.w.inputs();
         if let Some(layout) = self.w.layout() {
-            return TileProduct { layout, tiles: self.w.tiles(tiles), inputs, rows, y }.run(path);
+            let all = self.tiles.len();
+            return TileProduct { layout, tiles: self.w.tiles(tiles.start..all), inputs, rows, y }.run(path);
         }
         WIDENED.with_borrow_mut(|(wide, packed)| {
             wide.resize(WIDENED_TILES * TILE * inputs, 0.0);

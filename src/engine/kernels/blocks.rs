@@ -59,9 +59,9 @@ impl Product<'_> {
         let TileProduct { tiles, inputs, rows, y, .. } = self.0;
         let (tiles, rows) = (tiles.as_chunks().0, &rows.blocks);
         let mut tiles = Tiles::<N> { tiles, ahead: &[], inputs, blocks: inputs / B::INPUTS, rows, y };
-        let count = tiles.tiles.len() / tiles.blocks;
         let tile_bytes = tiles.blocks * N;
         let groups = rows.groups;
+        let count = tiles.y.len() / (groups.rows() * TILE);
         let row_bytes = inputs * groups.rows().div_ceil(groups.count().max(1));
         let panel = (PANEL_BYTES / row_bytes).max(1);
         for first in (0..groups.count()).step_by(panel) {

@@ -127,8 +127,8 @@ impl Tiles<'_> {
     #[inline(always)]
     fn run<A: Isa, W: Weights, const STEP: usize>(mut self, isa: A) {
         let tile_bytes = self.inputs / STEP * STEP_BYTES;
-        let tiles = self.tiles.len() / tile_bytes;
         let groups = self.rows.groups;
+        let tiles = self.y.len() / (groups.rows() * TILE);
         let row_bytes = self.inputs * size_of::<f32>() * groups.rows().div_ceil(groups.count().max(1));
         let panel = (PANEL_BYTES / row_bytes).max(1);
         // As many tiles as one row takes at a time, or as stay near while several groups pass by.
