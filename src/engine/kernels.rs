@@ -20,12 +20,24 @@
 //! # Instruction sets
 //!
 //! The bodies are written once, over [`Isa`]: some twenty operations on 16 lanes, which are two registers of AVX2, one of
-//! AVX-512, or an array that the compiler makes the best of ([`Portable`]; on NEON that is vector code). They hold next to no `unsafe`: pulp's
-//! tokens prove that the instructions are there. Not used are AVX-512's and NEON's dot products of bf16, which round rows and
-//! would make results depend on the machine, and those of bytes (VNNI), which would change no bit and come when there is a
-//! machine to test them on. The tests run every path that the machine has; portable code has given the same bits on an emulated NEON.
-//! `HELION_KERNELS=portable|avx2|avx512` chooses a path other than the best
-//! one, to compare them.
+//! AVX-512, four of NEON, or an array that the compiler makes the best of ([`Portable`]). They hold next to no `unsafe`: pulp's
+//! tokens prove that the instructions are there.
+//!
+//! | path | processors | products of bytes |
+//! |---|---|---|
+//! | `portable` | all | one by one |
+//! | `avx2` | AMD's and Intel's since 2013–15 | `vpmaddubsw` in pairs of 16 bits |
+//! | `avx2-vnni` | Intel's without AVX-512 since 2021 | `vpdpbusd` |
+//! | `avx512` | Intel's servers since 2017 | `vpmaddubsw` |
+//! | `avx512-vnni` | Intel's servers since 2019, AMD's since 2022 | `vpdpbusd` |
+//! | `neon` | Arm's with 64 bits | `smull`, in pairs of 16 bits |
+//! | `neon-dot` | most of these since 2018 | `sdot` |
+//!
+//! Pairs in 16 bits are why [`Isa::dot`] has a limit: `vpmaddubsw` saturates. `vpdpbusd` (not `vpdpbusds`) and `sdot` add in 32 bits, and nothing
+//! here comes near their end. Not used are dot products of bf16, which round rows and would make results depend on the machine.
+//!
+//! The tests run every path that the machine has, and take the others on emulators: Miri interprets AVX2, AVX-512 and VNNI, and
+//! QEMU runs NEON (README, "Developing"). `HELION_KERNELS=portable`, or another name, chooses a path other than the best one.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -34,6 +46,8 @@ mod avx512;
 mod blocks;
 mod fetching;
 mod floats;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 mod rows;
 mod tiles;
@@ -44,10 +58,10 @@ use std::sync::OnceLock;
 use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 use avx512::Avx512;
+#[cfg(target_arch = "aarch64")]
+use neon::Neon;
 use portable::Portable;
-#[cfg(target_arch = "x86_64")]
-use pulp::Scalar;
-use pulp::{Arch, WithSimd};
+use pulp::{Arch, Scalar, WithSimd};
 pub(super) use rows::{FloatRows, Rows, Slot, cut, fill_all, grown};
 pub(super) use tiles::{Layout, TILE};
 
@@ -58,6 +72,8 @@ const PATH_VARIABLE: &str = "HELION_KERNELS";
 pub(super) trait Isa: Copy + Send + Sync + 'static {
     /// Has 32 vector registers that hold 16 lanes each, rather than 16 that hold 8.
     const IS_WIDE: bool;
+    /// What [`Isa::signed_bytes`] adds to each byte.
+    const OFFSET: i32;
     /// 16 numbers.
     type F: Copy;
     /// 16 integers of 32 bits.
@@ -81,10 +97,8 @@ pub(super) trait Isa: Copy + Send + Sync + 'static {
 
     /// bf16 numbers for two inputs, next to each other: those of input `which`.
     fn brains(self, pairs: &[u8; 4 * TILE], which: usize) -> Self::F;
-    /// f16 numbers for two inputs, next to each other: those of input `which`.
-    fn halves(self, pairs: &[u8; 4 * TILE], which: usize) -> Self::F;
     /// f16 numbers.
-    fn scales(self, halves: &[u8; 2 * TILE]) -> Self::F;
+    fn halves(self, halves: &[u8; 2 * TILE]) -> Self::F;
     /// Integers from 0 to 255.
     fn unsigned(self, bytes: &[u8; TILE]) -> Self::F;
     /// Integers from -128 to 127.
@@ -93,6 +107,8 @@ pub(super) trait Isa: Copy + Send + Sync + 'static {
     fn powers(self, bytes: &[u8; TILE]) -> Self::F;
 
     fn bytes(self, bytes: &[u8; 4 * TILE]) -> Self::B;
+    /// Signed bytes, as [`Isa::dot_signed`] takes them: more by [`Isa::OFFSET`], where it has instructions for unsigned ones only.
+    fn signed_bytes(self, bytes: &[u8; 4 * TILE]) -> Self::B;
     /// The lower four bits of each byte.
     fn low(self, bytes: Self::B) -> Self::B;
     /// The upper four bits of each byte.
@@ -115,7 +131,7 @@ pub(super) trait Isa: Copy + Send + Sync + 'static {
     fn zeros(self) -> Self::I;
     fn splat_i(self, value: i32) -> Self::I;
     fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
-    /// Adds the products of signed bytes with four signed ones from -127 on, which are the same for all outputs.
+    /// Adds the products of what [`Isa::signed_bytes`] made with four signed ones from -127 on, which are the same for all outputs.
     fn dot_signed(self, sum: Self::I, bytes: Self::B, row: [i8; 4]) -> Self::I;
     fn to_f32(self, values: Self::I) -> Self::F;
 }
@@ -132,9 +148,17 @@ pub(super) trait Kernel {
 pub(super) enum Path {
     Portable,
     #[cfg(target_arch = "x86_64")]
-    Avx2(Avx2),
+    Avx2(Avx2<false>),
     #[cfg(target_arch = "x86_64")]
-    Avx512(pulp::x86::V4),
+    Avx2Vnni(Avx2<true>),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512<false>),
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni(Avx512<true>),
+    #[cfg(target_arch = "aarch64")]
+    Neon(Neon<false>),
+    #[cfg(target_arch = "aarch64")]
+    NeonDot(Neon<true>),
 }
 
 impl Path {
@@ -161,13 +185,17 @@ impl Path {
     /// All that this machine has, the best one last.
     pub(super) fn all() -> Vec<Self> {
         #[cfg(target_arch = "x86_64")]
-        {
-            let avx2 = Avx2::detect().map(Self::Avx2);
-            let avx512 = pulp::x86::V4::try_new().map(Self::Avx512);
-            [Some(Self::Portable), avx2, avx512].into_iter().flatten().collect()
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        vec![Self::Portable]
+        let others = [
+            Avx2::<false>::detect().map(Self::Avx2),
+            Avx2::<true>::detect().map(Self::Avx2Vnni),
+            Avx512::<false>::detect().map(Self::Avx512),
+            Avx512::<true>::detect().map(Self::Avx512Vnni),
+        ];
+        #[cfg(target_arch = "aarch64")]
+        let others = [Neon::<false>::detect().map(Self::Neon), Neon::<true>::detect().map(Self::NeonDot)];
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+        let others: [Option<Self>; 0] = [];
+        [Self::Portable].into_iter().chain(others.into_iter().flatten()).collect()
     }
 
     pub(super) fn name(&self) -> &'static str {
@@ -176,7 +204,15 @@ impl Path {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(_) => "avx2",
             #[cfg(target_arch = "x86_64")]
+            Self::Avx2Vnni(_) => "avx2-vnni",
+            #[cfg(target_arch = "x86_64")]
             Self::Avx512(_) => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni(_) => "avx512-vnni",
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(_) => "neon",
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDot(_) => "neon-dot",
         }
     }
 
@@ -192,12 +228,13 @@ impl Path {
 
     fn is_wide(self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        if matches!(self, Self::Avx512(_)) {
+        if matches!(self, Self::Avx512(_) | Self::Avx512Vnni(_)) {
             return true;
         }
         false
     }
 
+    /// Runs what has no products of bytes.
     #[inline(always)]
     fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self {
@@ -205,7 +242,29 @@ impl Path {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(avx2) => avx2.run(kernel),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512(v4) => v4.vectorize(On { isa: Avx512(v4), kernel }),
+            Self::Avx2Vnni(avx2) => avx2.without_vnni().run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(avx512) => avx512.run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni(avx512) => avx512.without_vnni().run(kernel),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(neon) => neon.run(kernel),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDot(neon) => neon.without_dot().run(kernel),
+        }
+    }
+
+    /// Runs what has products of bytes, with the instructions for them.
+    #[inline(always)]
+    fn run_on_bytes<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2Vnni(avx2) => avx2.run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni(avx512) => avx512.run(kernel),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDot(neon) => neon.run(kernel),
+            _ => self.run(kernel),
         }
     }
 }
@@ -213,29 +272,14 @@ impl Path {
 /// Runs what is written for vectors of any width on the path that kernels run on.
 pub(super) fn on_vectors<W: WithSimd>(work: W) -> W::Output {
     match Path::chosen() {
-        // Without AVX2 there are no wider ones.
-        #[cfg(target_arch = "x86_64")]
         Path::Portable => work.with_simd(Scalar),
         #[cfg(target_arch = "x86_64")]
         Path::Avx2(avx2) => avx2.vectors(work),
-        // The widest that there are, which on other machines have no path of their own.
+        #[cfg(target_arch = "x86_64")]
+        Path::Avx2Vnni(avx2) => avx2.without_vnni().vectors(work),
+        // The widest that there are.
+        #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
         _ => Arch::new().dispatch(work),
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-struct On<A, K> {
-    isa: A,
-    kernel: K,
-}
-
-#[cfg(target_arch = "x86_64")]
-impl<A: Isa, K: Kernel> pulp::NullaryFnOnce for On<A, K> {
-    type Output = K::Output;
-
-    #[inline(always)]
-    fn call(self) -> K::Output {
-        self.kernel.on(self.isa)
     }
 }
 
@@ -255,7 +299,7 @@ impl TileProduct<'_> {
     pub(super) fn run(self, path: Path) {
         match self.layout {
             Layout::F32 | Layout::Bf16 | Layout::F16 => path.run(floats::Product(self)),
-            _ => path.run(blocks::Product(self)),
+            _ => path.run_on_bytes(blocks::Product(self)),
         }
     }
 }

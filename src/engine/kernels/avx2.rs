@@ -1,14 +1,16 @@
 //! The kernels' operations on AVX2 with fused multiply-add and F16C: 16 lanes are two registers.
 
-use std::arch::x86_64::{__m128i, __m256, __m256i, _MM_HINT_T1, _mm_prefetch, _mm256_cvtph_ps};
+use std::arch::x86_64::{
+    __m128i, __m256, __m256i, _MM_HINT_T1, _mm_prefetch, _mm256_cvtph_ps, _mm256_dpbusd_avx_epi32,
+};
 
 use pulp::{Simd, WithSimd, cast, x86::V3};
 
 use super::{Isa, Kernel, tiles::TILE};
 
-/// The machine has these instructions.
+/// The machine has these instructions; with `VNNI` those of byte products (AVX-VNNI), too.
 #[derive(Debug, Clone, Copy)]
-pub(in crate::engine) struct Avx2(V3);
+pub(in crate::engine) struct Avx2<const VNNI: bool>(V3);
 
 /// Both halves of something.
 #[inline(always)]
@@ -18,7 +20,7 @@ fn halves<const N: usize, const H: usize>(bytes: &[u8; N]) -> [&[u8; H]; 2] {
     [&halves[0], &halves[1]]
 }
 
-impl Avx2 {
+impl Avx2<false> {
     pub(super) fn detect() -> Option<Self> {
         // The token has all but one of the instruction sets.
         V3::try_new().filter(|_| is_x86_feature_detected!("f16c")).map(Self)
@@ -27,7 +29,7 @@ impl Avx2 {
     #[allow(unsafe_code)]
     pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
         #[target_feature(enable = "avx,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
-        fn on<K: Kernel>(isa: Avx2, kernel: K) -> K::Output {
+        fn on<K: Kernel>(isa: Avx2<false>, kernel: K) -> K::Output {
             kernel.on(isa)
         }
         // SAFETY: the machine has all of these, since there is an `Avx2`, and only `detect` makes one.
@@ -37,7 +39,30 @@ impl Avx2 {
     pub(super) fn vectors<W: WithSimd>(self, work: W) -> W::Output {
         Simd::vectorize(self.0, work)
     }
+}
 
+impl Avx2<true> {
+    pub(super) fn detect() -> Option<Self> {
+        Avx2::<false>::detect().filter(|_| is_x86_feature_detected!("avxvnni")).map(|avx2| Self(avx2.0))
+    }
+
+    /// The same without byte products.
+    pub(super) fn without_vnni(self) -> Avx2<false> {
+        Avx2(self.0)
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt,avxvnni")]
+        fn on<K: Kernel>(isa: Avx2<true>, kernel: K) -> K::Output {
+            kernel.on(isa)
+        }
+        // SAFETY: the machine has all of these, since there is an `Avx2<true>`, and only `detect` makes one.
+        unsafe { on(self, kernel) }
+    }
+}
+
+impl<const VNNI: bool> Avx2<VNNI> {
     #[allow(unsafe_code)]
     #[inline(always)]
     fn widen(self, halves: __m128i) -> __m256 {
@@ -51,30 +76,23 @@ impl Avx2 {
         [cast(*a), cast(*b)]
     }
 
-    /// One f16 of each pair.
-    #[inline(always)]
-    fn half_of_pairs(self, pairs: __m256i, which: usize) -> __m256 {
-        let avx2 = self.0.avx2;
-        // The first of each pair to the lower half of its 128 bits, the second to the upper one; then the four halves in order.
-        let places = self.0.avx._mm256_setr_epi8(
-            0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,
-        );
-        let sorted = avx2._mm256_permute4x64_epi64::<0b11_01_10_00>(avx2._mm256_shuffle_epi8(pairs, places));
-        if which == 0 {
-            self.widen(self.0.avx._mm256_castsi256_si128(sorted))
-        } else {
-            self.widen(avx2._mm256_extracti128_si256::<1>(sorted))
-        }
-    }
-
     #[inline(always)]
     fn row(self, row: [i8; 4]) -> __m256i {
         self.0.avx._mm256_set1_epi32(cast(row))
     }
+
+    /// Adds the products of four neighbouring bytes each, those of `bytes` without a sign.
+    #[allow(unsafe_code)]
+    #[inline(always)]
+    fn dot_bytes(self, sum: [__m256i; 2], bytes: [__m256i; 2], row: __m256i) -> [__m256i; 2] {
+        // SAFETY: the machine has AVX-VNNI, since there is an `Avx2<true>`, and only `detect` makes one.
+        unsafe { [_mm256_dpbusd_avx_epi32(sum[0], bytes[0], row), _mm256_dpbusd_avx_epi32(sum[1], bytes[1], row)] }
+    }
 }
 
-impl Isa for Avx2 {
+impl<const VNNI: bool> Isa for Avx2<VNNI> {
     const IS_WIDE: bool = false;
+    const OFFSET: i32 = if VNNI { 128 } else { 0 };
     type F = [__m256; 2];
     type I = [__m256i; 2];
     type B = [__m256i; 2];
@@ -131,13 +149,7 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
-    fn halves(self, pairs: &[u8; 4 * TILE], which: usize) -> Self::F {
-        let [a, b] = self.words(pairs);
-        [self.half_of_pairs(a, which), self.half_of_pairs(b, which)]
-    }
-
-    #[inline(always)]
-    fn scales(self, bytes: &[u8; 2 * TILE]) -> Self::F {
+    fn halves(self, bytes: &[u8; 2 * TILE]) -> Self::F {
         let [a, b] = halves::<32, 16>(bytes);
         [self.widen(cast(*a)), self.widen(cast(*b))]
     }
@@ -169,6 +181,16 @@ impl Isa for Avx2 {
     #[inline(always)]
     fn bytes(self, bytes: &[u8; 4 * TILE]) -> Self::B {
         self.words(bytes)
+    }
+
+    #[inline(always)]
+    fn signed_bytes(self, bytes: &[u8; 4 * TILE]) -> Self::B {
+        let [a, b] = self.words(bytes);
+        if !VNNI {
+            return [a, b];
+        }
+        let offset = self.0.avx._mm256_set1_epi8(i8::MIN);
+        [self.0.avx2._mm256_xor_si256(a, offset), self.0.avx2._mm256_xor_si256(b, offset)]
     }
 
     #[inline(always)]
@@ -218,6 +240,9 @@ impl Isa for Avx2 {
     fn dot(self, sum: Self::S, bytes: Self::B, row: [i8; 4]) -> Self::S {
         let avx2 = self.0.avx2;
         let row = self.row(row);
+        if VNNI {
+            return self.dot_bytes(sum, bytes, row);
+        }
         [
             avx2._mm256_add_epi16(sum[0], avx2._mm256_maddubs_epi16(bytes[0], row)),
             avx2._mm256_add_epi16(sum[1], avx2._mm256_maddubs_epi16(bytes[1], row)),
@@ -226,6 +251,9 @@ impl Isa for Avx2 {
 
     #[inline(always)]
     fn total(self, sum: Self::S) -> Self::I {
+        if VNNI {
+            return sum;
+        }
         let avx2 = self.0.avx2;
         let ones = self.0.avx._mm256_set1_epi16(1);
         [avx2._mm256_madd_epi16(sum[0], ones), avx2._mm256_madd_epi16(sum[1], ones)]
@@ -250,6 +278,9 @@ impl Isa for Avx2 {
     fn dot_signed(self, sum: Self::I, bytes: Self::B, row: [i8; 4]) -> Self::I {
         let avx2 = self.0.avx2;
         let row = self.row(row);
+        if VNNI {
+            return self.dot_bytes(sum, bytes, row);
+        }
         // |w| · (x · sign w): the instruction wants one factor without a sign. A pair is at most 2 · 128 · 127 < 2^15.
         let a = avx2._mm256_maddubs_epi16(avx2._mm256_abs_epi8(bytes[0]), avx2._mm256_sign_epi8(row, bytes[0]));
         let b = avx2._mm256_maddubs_epi16(avx2._mm256_abs_epi8(bytes[1]), avx2._mm256_sign_epi8(row, bytes[1]));

@@ -1,19 +1,64 @@
 //! The kernels' operations on AVX-512 (F and BW): 16 lanes are one register.
 
-use std::arch::x86_64::{__m512, __m512i};
+use std::arch::x86_64::{__m512, __m512i, _mm512_dpbusd_epi32};
 
-use pulp::{cast, x86::V4};
+use pulp::{NullaryFnOnce, cast, x86::V4};
 
 use super::{
-    Isa,
+    Isa, Kernel,
     avx2::{fetch, transpose},
     tiles::TILE,
 };
 
+/// The machine has these instructions; with `VNNI` those of byte products (AVX-512 VNNI), too.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Avx512(pub(super) V4);
+pub(in crate::engine) struct Avx512<const VNNI: bool>(V4);
 
-impl Avx512 {
+/// A kernel on its way to [`V4::vectorize`].
+struct On<K>(Avx512<false>, K);
+
+impl<K: Kernel> NullaryFnOnce for On<K> {
+    type Output = K::Output;
+
+    #[inline(always)]
+    fn call(self) -> K::Output {
+        self.1.on(self.0)
+    }
+}
+
+impl Avx512<false> {
+    pub(super) fn detect() -> Option<Self> {
+        V4::try_new().map(Self)
+    }
+
+    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        self.0.vectorize(On(self, kernel))
+    }
+}
+
+impl Avx512<true> {
+    pub(super) fn detect() -> Option<Self> {
+        V4::try_new().filter(|_| is_x86_feature_detected!("avx512vnni")).map(Self)
+    }
+
+    /// The same without byte products.
+    pub(super) fn without_vnni(self) -> Avx512<false> {
+        Avx512(self.0)
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx2,fma,bmi1,bmi2,lzcnt,popcnt")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512vnni")]
+        fn on<K: Kernel>(isa: Avx512<true>, kernel: K) -> K::Output {
+            kernel.on(isa)
+        }
+        // SAFETY: the machine has all of these, since there is an `Avx512<true>`, and only `detect` makes one.
+        unsafe { on(self, kernel) }
+    }
+}
+
+impl<const VNNI: bool> Avx512<VNNI> {
     #[inline(always)]
     fn splat_bits(self, bits: u32) -> __m512i {
         self.0.avx512f._mm512_set1_epi32(bits.cast_signed())
@@ -23,10 +68,19 @@ impl Avx512 {
     fn row(self, row: [i8; 4]) -> __m512i {
         self.0.avx512f._mm512_set1_epi32(cast(row))
     }
+
+    /// Adds the products of four neighbouring bytes each, those of `bytes` without a sign.
+    #[allow(unsafe_code)]
+    #[inline(always)]
+    fn dot_bytes(self, sum: __m512i, bytes: __m512i, row: [i8; 4]) -> __m512i {
+        // SAFETY: the machine has AVX-512 VNNI, since there is an `Avx512<true>`, and only `detect` makes one.
+        unsafe { _mm512_dpbusd_epi32(sum, bytes, self.row(row)) }
+    }
 }
 
-impl Isa for Avx512 {
+impl<const VNNI: bool> Isa for Avx512<VNNI> {
     const IS_WIDE: bool = true;
+    const OFFSET: i32 = if VNNI { 128 } else { 0 };
     type F = __m512;
     type I = __m512i;
     type B = __m512i;
@@ -79,15 +133,7 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
-    fn halves(self, pairs: &[u8; 4 * TILE], which: usize) -> Self::F {
-        let f = self.0.avx512f;
-        let pairs: __m512i = cast(*pairs);
-        let pairs = if which == 0 { pairs } else { f._mm512_srli_epi32::<16>(pairs) };
-        f._mm512_cvtph_ps(f._mm512_cvtepi32_epi16(pairs))
-    }
-
-    #[inline(always)]
-    fn scales(self, halves: &[u8; 2 * TILE]) -> Self::F {
+    fn halves(self, halves: &[u8; 2 * TILE]) -> Self::F {
         self.0.avx512f._mm512_cvtph_ps(cast(*halves))
     }
 
@@ -111,6 +157,12 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn bytes(self, bytes: &[u8; 4 * TILE]) -> Self::B {
         cast(*bytes)
+    }
+
+    #[inline(always)]
+    fn signed_bytes(self, bytes: &[u8; 4 * TILE]) -> Self::B {
+        let bytes = cast(*bytes);
+        if VNNI { self.0.avx512f._mm512_xor_si512(bytes, self.splat_bits(0x8080_8080)) } else { bytes }
     }
 
     #[inline(always)]
@@ -153,12 +205,18 @@ impl Isa for Avx512 {
 
     #[inline(always)]
     fn dot(self, sum: Self::S, bytes: Self::B, row: [i8; 4]) -> Self::S {
+        if VNNI {
+            return self.dot_bytes(sum, bytes, row);
+        }
         let bw = self.0.avx512bw;
         bw._mm512_add_epi16(sum, bw._mm512_maddubs_epi16(bytes, self.row(row)))
     }
 
     #[inline(always)]
     fn total(self, sum: Self::S) -> Self::I {
+        if VNNI {
+            return sum;
+        }
         let bw = self.0.avx512bw;
         bw._mm512_madd_epi16(sum, self.splat_bits(0x0001_0001))
     }
@@ -180,6 +238,9 @@ impl Isa for Avx512 {
 
     #[inline(always)]
     fn dot_signed(self, sum: Self::I, bytes: Self::B, row: [i8; 4]) -> Self::I {
+        if VNNI {
+            return self.dot_bytes(sum, bytes, row);
+        }
         let bw = self.0.avx512bw;
         let row = self.row(row);
         // |w| · (x · sign w); what the sign is of a zero doesn't matter.

@@ -172,15 +172,17 @@ impl Block<544> for Q8_0 {
     fn add<A: Isa, const R: usize>(isa: A, block: &[u8; 544], row: &At<'_, R>, y: &mut [A::F; R]) {
         let mut dots = [isa.zeros(); R];
         for (weights, codes) in each::<R, _>(groups(block, 32, 8)).iter().zip(row.codes) {
-            let weights = isa.bytes(weights);
+            let weights = isa.signed_bytes(weights);
             for r in 0..R {
                 dots[r] = isa.dot_signed(dots[r], weights, codes[r]);
             }
         }
-        let scales = isa.scales(part(block, 0));
+        let scales = isa.halves(part(block, 0));
         for r in 0..R {
             let scale = isa.mul(scales, isa.splat(row.scales[0][r]));
-            y[r] = isa.fma(isa.to_f32(dots[r]), scale, y[r]);
+            let offset = isa.splat_i(-A::OFFSET * (row.sums[0][r] + row.sums[1][r]));
+            let dot = if A::OFFSET == 0 { dots[r] } else { isa.add_i(dots[r], offset) };
+            y[r] = isa.fma(isa.to_f32(dot), scale, y[r]);
         }
     }
 }
@@ -194,7 +196,7 @@ impl Block<288> for Q4_0 {
     fn add<A: Isa, const R: usize>(isa: A, block: &[u8; 288], row: &At<'_, R>, y: &mut [A::F; R]) {
         // 8 sums of at most 15.
         let dots = dots_of_eights(isa, groups(block, 32, 4), row.codes);
-        let scales = isa.scales(part(block, 0));
+        let scales = isa.halves(part(block, 0));
         for r in 0..R {
             let offset = isa.splat_i(-8 * (row.sums[0][r] + row.sums[1][r]));
             let dot = isa.to_f32(isa.add_i(isa.total(dots[r]), offset));
@@ -247,7 +249,7 @@ impl Block<Q4_K_BYTES> for Q4K {
 
     #[inline(always)]
     fn add<A: Isa, const R: usize>(isa: A, block: &[u8; Q4_K_BYTES], row: &At<'_, R>, y: &mut [A::F; R]) {
-        let (scale_of_scales, scale_of_minima) = (isa.scales(part(block, 0)), isa.scales(part(block, 32)));
+        let (scale_of_scales, scale_of_minima) = (isa.halves(part(block, 0)), isa.halves(part(block, 32)));
         let (scales, minima) = q4_k_scales(part(block, 64));
         for sub in 0..8 {
             // 8 sums of at most 15.
@@ -271,7 +273,7 @@ impl Block<Q6_K_BYTES> for Q6K {
 
     #[inline(always)]
     fn add<A: Isa, const R: usize>(isa: A, block: &[u8; Q6_K_BYTES], row: &At<'_, R>, y: &mut [A::F; R]) {
-        let scale_of_scales = isa.scales(part(block, 0));
+        let scale_of_scales = isa.halves(part(block, 0));
         for sub in 0..16 {
             let bytes: &[u8; 192] = part(block, 32 + 256 + 192 * sub);
             let upper = isa.bytes(part(bytes, 128));

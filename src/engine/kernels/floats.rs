@@ -1,7 +1,7 @@
 //! Products of f32 rows with f32, bf16 and f16 weights: a chain of fused multiply-adds over the inputs.
 //!
-//! A tile of weights is `[inputs, 16]` in f32, and in the formats of 16 bits `[inputs / 2, 16, 2]`, since a register of pairs is widened to two
-//! registers by a shift and a mask.
+//! A tile of weights is `[inputs, 16]` in f32 and f16, and in bf16 `[inputs / 2, 16, 2]`: a register of its pairs is widened to two
+//! registers by a shift and a mask, where f16 has instructions that take numbers side by side.
 
 #![allow(clippy::needless_range_loop, reason = "the loops count registers, which several arrays have a part of")]
 
@@ -110,7 +110,7 @@ impl Weights for Bf16 {
 impl Weights for F16 {
     #[inline(always)]
     fn widen<A: Isa>(isa: A, weights: &[u8; STEP_BYTES], which: usize) -> A::F {
-        isa.halves(weights, which)
+        isa.halves(&weights.as_chunks().0[which])
     }
 }
 

@@ -32,6 +32,7 @@ fn pair(bytes: &[u8], at: usize) -> u16 {
 
 impl Isa for Portable {
     const IS_WIDE: bool = false;
+    const OFFSET: i32 = 0;
     type F = [f32; TILE];
     type I = [i32; TILE];
     type B = [u8; 4 * TILE];
@@ -80,12 +81,7 @@ impl Isa for Portable {
     }
 
     #[inline(always)]
-    fn halves(self, pairs: &[u8; 4 * TILE], which: usize) -> Self::F {
-        each(|lane| widen_half(pair(pairs, 2 * lane + which)))
-    }
-
-    #[inline(always)]
-    fn scales(self, halves: &[u8; 2 * TILE]) -> Self::F {
+    fn halves(self, halves: &[u8; 2 * TILE]) -> Self::F {
         each(|lane| widen_half(pair(halves, lane)))
     }
 
@@ -107,6 +103,11 @@ impl Isa for Portable {
 
     #[inline(always)]
     fn bytes(self, bytes: &[u8; 4 * TILE]) -> Self::B {
+        *bytes
+    }
+
+    #[inline(always)]
+    fn signed_bytes(self, bytes: &[u8; 4 * TILE]) -> Self::B {
         *bytes
     }
 

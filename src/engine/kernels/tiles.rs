@@ -7,7 +7,8 @@
 //! | layout | a tile's block |
 //! |---|---|
 //! | f32 | 16 numbers for an input |
-//! | bf16, f16 | 16 pairs for two inputs |
+//! | bf16 | 16 pairs for two inputs |
+//! | f16 | 16 numbers for an input, and 16 for the next |
 //! | q8_0 | 16 scales in f16, 8 fours |
 //! | q4_0 | 16 scales in f16, 4 eights |
 //! | mxfp4 | 16 scales in E8M0, 4 eights |
@@ -135,7 +136,8 @@ impl Layout {
             let whole =
                 |in_row: usize, in_tile: usize| Move { in_row: from + in_row, in_tile: to + in_tile, bits: Bits::All };
             match self {
-                Self::F32 | Self::Bf16 | Self::F16 => (0..4).for_each(|byte| each(whole(byte, 4 * row + byte))),
+                Self::F32 | Self::Bf16 => (0..4).for_each(|byte| each(whole(byte, 4 * row + byte))),
+                Self::F16 => (0..4).for_each(|byte| each(whole(byte, 2 * TILE * (byte / 2) + 2 * row + byte % 2))),
                 Self::Q8_0 => {
                     (0..2).for_each(|byte| each(whole(byte, 2 * row + byte)));
                     (0..32).for_each(|input| each(whole(2 + input, 32 + four(input) + 4 * row)));
