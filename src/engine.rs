@@ -465,7 +465,7 @@ impl Engine {
 }
 
 /// The paths that this machine's processor can take through the arithmetic, the one that is taken by itself last: `portable`, `avx2`,
-/// `avx512`. Results have the same bits on all of them; the environment variable `HELION_KERNELS` chooses another.
+/// `avx2-vnni`, `avx512`, `avx512-vnni`, `neon`, `neon-dot`. Results have the same bits on all of them; the environment variable `HELION_KERNELS` chooses another.
 pub fn kernel_paths() -> Vec<&'static str> {
     kernels::Path::all().iter().map(kernels::Path::name).collect()
 }

@@ -37,7 +37,7 @@
 //! here comes near their end. Not used are dot products of bf16, which round rows and would make results depend on the machine.
 //!
 //! The tests run every path that the machine has, and take the others on emulators: Miri interprets AVX2, AVX-512 and VNNI, and
-//! QEMU runs NEON (README, "Developing"). `HELION_KERNELS=portable`, or another name, chooses a path other than the best one.
+//! QEMU runs NEON (`tests/kernels.sh`). `HELION_KERNELS=portable`, or another name, chooses a path other than the best one.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;

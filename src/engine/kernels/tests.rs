@@ -1,9 +1,11 @@
 //! Every path against the definition in plain numbers, and tiles against rows.
 
+mod operations;
+
 use half::{bf16, f16};
 use proptest::prelude::*;
 
-use super::*;
+use super::{tiles::mxfp4_table, *};
 use crate::{
     engine::matrix::Matrix,
     model::{
@@ -50,7 +52,7 @@ fn matrix(layout: Layout, outputs: usize, inputs: usize, seed: u32) -> Matrix {
     let stored = match layout {
         Layout::F32 => floats(Dtype::F32, numbers.iter().flat_map(|value| value.to_le_bytes()).collect()),
         Layout::Bf16 => {
-            floats(Dtype::Bf16, numbers.iter().flat_map(|value| bf16::from_f32_const(*value).to_le_bytes()).collect())
+            floats(Dtype::Bf16, numbers.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect())
         }
         Layout::F16 => {
             floats(Dtype::F16, numbers.iter().flat_map(|value| f16::from_f32_const(*value).to_le_bytes()).collect())
@@ -191,6 +193,28 @@ fn every_path_gives_what_the_numbers_say() {
         check(layout, 300, 20, multiple(layout), 99);
         check(layout, 67, 33, 5120, 100);
     }
+}
+
+/// What the bits of one product in each layout are hashed to (FNV-1a).
+#[test]
+fn bits_are_the_same_on_every_machine() {
+    let hashes = LAYOUTS.map(|layout| {
+        let inputs = 512;
+        let y = product(Path::chosen(), &packed(matrix(layout, 20, inputs, 8)), &random(3 * inputs, 9));
+        let bytes = y.iter().flat_map(|y| y.to_bits().to_le_bytes());
+        bytes.fold(0x811C_9DC5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
+    });
+    let expected = [
+        1_809_148_447,
+        1_642_386_653,
+        2_083_002_683,
+        583_572_497,
+        460_323_205,
+        2_384_860_657,
+        279_305_822,
+        3_551_888_823,
+    ];
+    assert_eq!(hashes, expected);
 }
 
 #[test]
