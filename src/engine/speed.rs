@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Cache, Edges, Engine, HiddenStates, Job, Keep, LaneRun, PAGE_TOKENS};
+use super::{Cache, Edges, Engine, HiddenStates, Job, Keep, LaneRun, PAGE_TOKENS, Seat};
 use crate::model::Dtype;
 
 /// How long one step may take before the measurement is given up.
@@ -30,7 +30,8 @@ pub struct SpeedError(String);
 /// A span to be measured, alone or with the edges.
 pub struct Speed<'a> {
     engine: &'a Engine,
-    edges: Option<&'a Edges>,
+    /// With the one place at their head that is taken.
+    edges: Option<(&'a Edges, Seat)>,
     /// The memory of the last step's logits.
     logits: Cell<Vec<f32>>,
 }
@@ -69,7 +70,7 @@ impl<'a> Speed<'a> {
 
     /// Of the blocks and the edges: token ids in, logits of each lane's last token out.
     pub fn of_model(engine: &'a Engine, edges: &'a Edges) -> Self {
-        Self { engine, edges: Some(edges), logits: Cell::default() }
+        Self { engine, edges: Some((edges, edges.seat())), logits: Cell::default() }
     }
 
     /// Tokens a second through a prompt of `tokens` tokens, once.
@@ -136,8 +137,8 @@ impl<'a> Speed<'a> {
         });
         let (cache, output) = receiver.recv().map_err(|_| SpeedError("the engine ended".to_owned()))?;
         let output = output.map_err(|error| failed(&error))?;
-        if let Some(edges) = self.edges {
-            let logits = edges.logits_into(&output.hidden, self.logits.take()).map_err(|error| failed(&error))?;
+        if let Some((edges, seat)) = &self.edges {
+            let logits = edges.logits_at(seat, &output.hidden, self.logits.take()).map_err(|error| failed(&error))?;
             self.logits.set(black_box(logits));
         }
         Ok((cache, started.elapsed().as_secs_f64()))
@@ -145,8 +146,8 @@ impl<'a> Speed<'a> {
 
     fn input(&self, rows: usize) -> Result<HiddenStates, SpeedError> {
         let dtype = if self.engine.dtype() == Dtype::F32 { Dtype::F32 } else { Dtype::Bf16 };
-        match self.edges {
-            Some(edges) => {
+        match &self.edges {
+            Some((edges, _)) => {
                 let ids: Vec<u32> = (0..rows).map(|row| (row * 7919 % edges.vocab()) as u32).collect();
                 edges.embed(&ids, dtype).map_err(|error| SpeedError(error.to_string()))
             }

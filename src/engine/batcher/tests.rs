@@ -6,7 +6,10 @@ use std::sync::{
 use candle_core::Error as TensorError;
 
 use super::*;
-use crate::{engine::schedule::Meeting, model::Dtype};
+use crate::{
+    engine::{pass::PagePlace, schedule::Meeting, snapshot::TransferError},
+    model::Dtype,
+};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -41,6 +44,14 @@ impl Pass for Slow {
         &self.states[place]
     }
 
+    fn read_page(&self, _: PagePlace, _: &mut Vec<u8>) -> Result<(), TransferError> {
+        Ok(())
+    }
+
+    fn write_page(&mut self, _: PagePlace, _: &[u8]) -> Result<(), TransferError> {
+        Ok(())
+    }
+
     fn is_on_processor(&self) -> bool {
         false
     }
@@ -70,7 +81,7 @@ fn submit(desk: &Desk, cache: Cache, position: usize) -> Receiver<Answer> {
 
 /// Steps of each pass while sessions decode `tokens` tokens, and come back one right after another.
 fn passes(meeting: Meeting, sessions: usize, tokens: usize) -> Vec<usize> {
-    let desk = Arc::new(Desk::new(64, meeting));
+    let desk = Arc::new(Desk::new(64, 0, meeting));
     let passes = Arc::default();
     let batcher = Batcher::new(desk.clone(), Box::new(Slow { passes: Arc::clone(&passes), states: Vec::new() }), 512);
     let thread = std::thread::spawn(move || batcher.run());

@@ -119,7 +119,7 @@ impl Model {
             Action::ForgetPrefixes => {
                 let mut state = self.desk.lock();
                 let DeskState { pages, kept, .. } = &mut *state;
-                kept.expire(Instant::now() + NEXT_TOKEN, pages);
+                kept.expire(Instant::now() + Duration::from_secs(1), pages);
             }
             Action::DropSession { session } => {
                 self.sessions[session] = (Cache::new(self.desk.clone(), BLOCKS), BTreeMap::new());
