@@ -3,6 +3,8 @@
 //! Whatever a peer sends, the node goes on: what is not allowed is counted, answered where an answer helps an honest peer,
 //! and changes nothing.
 
+mod leaving;
+
 use std::{
     collections::{HashMap, hash_map::Entry},
     pin::pin,
@@ -88,16 +90,6 @@ pub(crate) struct Host {
 /// Why a node takes no new sessions, and wants to be rid of those it has.
 const ASKED_TO_STOP: &str = "the node was asked to stop";
 
-/// Sessions whose clients are told at a time that the node leaves.
-const LEAVE_AT_A_TIME: usize = 16;
-
-/// How often some more are told: a session of some thousand tokens is handed over in less, and a thousand sessions are told within
-/// 16 s.
-const LEAVE_EVERY: Duration = Duration::from_millis(250);
-
-/// Sessions that are handed over at a time: the parts of all that are under way fit into the outbox to one peer.
-const HAND_OVER_AT_A_TIME: usize = 8;
-
 /// One client may hold this part of what the node may.
 const CLIENTS_SHARE: usize = 2;
 
@@ -165,7 +157,7 @@ impl Sessions {
             sessions: Mutex::default(),
             steps: AtomicU64::new(0),
             refused: AtomicU64::new(0),
-            handing: Semaphore::new(HAND_OVER_AT_A_TIME),
+            handing: Semaphore::new(leaving::HAND_OVER_AT_A_TIME),
             ended: Notify::new(),
             drain: CancellationToken::new(),
         })
@@ -181,18 +173,6 @@ impl Sessions {
     /// How many sessions are open.
     pub fn count(&self) -> usize {
         self.lock().len()
-    }
-
-    /// Takes no new sessions, and tells the clients of the open ones that the node is going: a few at a time, so that the others
-    /// go on until it is their turn to be handed over.
-    pub async fn leave(&self) {
-        self.leaving.store(true, Ordering::Relaxed);
-        for (turn, sessions) in self.all().chunks(LEAVE_AT_A_TIME).enumerate() {
-            if turn > 0 {
-                tokio::time::sleep(LEAVE_EVERY).await;
-            }
-            sessions.iter().for_each(|session| session.tell_leaving(proto::Code::Leaving, ASKED_TO_STOP));
-        }
     }
 
     /// Waits until the last session has ended.
@@ -358,30 +338,6 @@ impl Sessions {
     fn replay(&self, link: &Link, header: &proto::Frame, replay: proto::Replay, payload: Bytes) {
         let taken = match self.session_of(link, header) {
             Some(session) => session.replay(link, header.epoch, (replay, payload)),
-            None => Err(NotTaken::NotUpstream),
-        };
-        self.answer_part(link, header, taken);
-    }
-
-    /// The client wants another peer to go on with a session.
-    fn hand_over(self: &Arc<Self>, link: &Link, header: &proto::Frame, order: proto::HandOver) {
-        let session = self.session_of(link, header).filter(|session| session.begin_handing(link, header.epoch, &order));
-        let Some(session) = session else { return self.refuse(link, header, Refusal::unknown_session(), 0) };
-        let sessions = self.clone();
-        tokio::spawn(async move {
-            let Some(host) = sessions.host.get() else { return };
-            let to = match host.hosted.check_receiver(&order, &session.blocks()) {
-                Ok(to) => connect_next(host, &to).await,
-                Err(refusal) => Err(refusal),
-            };
-            let _turn = sessions.handing.acquire().await;
-            session.hand_over(to).await;
-        });
-    }
-
-    fn take_over(&self, link: &Link, header: &proto::Frame, part: proto::TakeOver, payload: Bytes) {
-        let taken = match self.session_of(link, header) {
-            Some(session) => session.take_over(link, header.epoch, (part, payload)),
             None => Err(NotTaken::NotUpstream),
         };
         self.answer_part(link, header, taken);

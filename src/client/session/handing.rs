@@ -231,7 +231,9 @@ impl Session {
                 Ok(Event::LinkClosed(peer)) if peer == leaving.peer && leaving.link.is_closed() => {
                     return Err(lost(leaving, "the connection was closed".to_owned(), false));
                 }
-                Ok(Event::Frame { from, body: proto::frame::Body::NotHandedOver(not), .. }) if from == leaving.peer => {
+                Ok(Event::Frame { from, epoch, body: proto::frame::Body::NotHandedOver(not), .. })
+                    if from == leaving.peer && epoch.checked_add(1) == Some(self.epoch) =>
+                {
                     return Err(refused(leaving, not.code(), &not.message));
                 }
                 // Faults of other kinds are of the route that was left; but this one says that it doesn't know the session.

@@ -9,7 +9,12 @@
 //! Until the client closes it, the session stays here as it was: where the hand-over fails, a ticket of a newer epoch lets it go on,
 //! or another hop is told what it needs as after a loss. So nothing is lost and nothing is applied twice, whoever fails when.
 
-use std::{ops::Range, pin::pin, sync::Arc, time::Instant};
+use std::{
+    ops::Range,
+    pin::pin,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::{Bytes, BytesMut};
 use tokio::sync::oneshot;
@@ -34,6 +39,9 @@ const PART_RUNS: usize = 1024;
 /// Parts that are sent before the first of them is taken: one is under way while another one is written.
 pub(super) const PARTS_AHEAD: u32 = 4;
 
+/// How soon a part is offered again to an outbox that was full.
+const SEND_AGAIN: Duration = Duration::from_millis(20);
+
 /// A hand-over that was begun.
 #[derive(Debug)]
 pub(super) struct Handing {
@@ -53,7 +61,7 @@ enum HandOverError {
     #[error("the session is in the middle of a replay")]
     Filling,
     #[error("nothing went on for {} s", .0.as_secs())]
-    Deadline(std::time::Duration),
+    Deadline(Duration),
     #[error("{1}")]
     Refused(proto::Code, String),
     #[error(transparent)]
@@ -101,10 +109,10 @@ impl HopSession {
         self.lock().ticket.blocks.clone()
     }
 
-    /// Hands the session over to a peer, if it can be reached; tells the client where it can't.
-    pub(crate) async fn hand_over(self: Arc<Self>, to: Result<Link, Refusal>) {
+    /// Hands the session over to a peer that has it in `epoch`, if it can be reached; tells the client where it can't.
+    pub(crate) async fn hand_over(self: Arc<Self>, to: Result<Link, Refusal>, epoch: u64) {
         let result = match to {
-            Ok(link) => self.send_all(link).await,
+            Ok(link) => self.send_all(link, epoch).await,
             Err(refusal) => Err(HandOverError::Refused(refusal.code, refusal.message)),
         };
         let Err(error) = result else {
@@ -112,6 +120,9 @@ impl HopSession {
             return;
         };
         tracing::debug!(session = %self.id, %error, "the session was not handed over");
+        if matches!(error, HandOverError::Overtaken) {
+            return; // by the client, which knows
+        }
         let inner = self.lock();
         let not = proto::NotHandedOver { code: error.code().into(), message: error.to_string() };
         let header = self.header(inner.log.epoch(), proto::frame::Body::NotHandedOver(not));
@@ -120,21 +131,19 @@ impl HopSession {
         }
     }
 
-    async fn send_all(&self, to: Link) -> Result<(), HandOverError> {
-        {
-            let mut inner = self.lock();
-            let handing = inner.handing.as_mut().ok_or(HandOverError::Overtaken)?;
-            handing.to = Some(to.clone());
-        }
+    async fn send_all(&self, to: Link, epoch: u64) -> Result<(), HandOverError> {
         let Estate { state, snapshot, rows, replies } = self
-            .when(|inner| {
+            .when(epoch, |inner| {
+                if let Some(handing) = &mut inner.handing {
+                    handing.to = Some(to.clone());
+                }
                 if inner.replaying.is_filling() || inner.taking.is_some() {
                     return Err(HandOverError::Filling);
                 }
                 if inner.log.is_running() { Ok(None) } else { self.estate(inner).map(Some) }
             })
             .await?;
-        let mut parcel = Parcel { session: self, to, next_index: 0 };
+        let mut parcel = Parcel { session: self, to, epoch, next_index: 0 };
         parcel.send(proto::take_over::Part::State(state), Bytes::new()).await?;
         // Whoever takes nothing is told nothing.
         parcel.taken(1).await?;
@@ -184,9 +193,10 @@ impl HopSession {
         Ok(Estate { state, snapshot: Arc::new(snapshot), rows, replies })
     }
 
-    /// Waits until `ready` finds what it looks for in a session that is being handed over.
+    /// Waits until `ready` finds what it looks for in a session that is being handed over, in this epoch and no newer one.
     async fn when<T>(
         &self,
+        epoch: u64,
         mut ready: impl FnMut(&mut Inner) -> Result<Option<T>, HandOverError>,
     ) -> Result<T, HandOverError> {
         let deadline = Instant::now() + self.step_deadline;
@@ -196,7 +206,8 @@ impl HopSession {
             changed.as_mut().enable();
             {
                 let mut inner = self.lock();
-                let handing = inner.handing.as_mut().ok_or(HandOverError::Overtaken)?;
+                let handing = inner.handing.as_mut().filter(|handing| handing.epoch == epoch);
+                let handing = handing.ok_or(HandOverError::Overtaken)?;
                 if let Some((code, message)) = handing.refused.take() {
                     return Err(HandOverError::Refused(code, message));
                 }
@@ -242,16 +253,23 @@ impl Handing {
 struct Parcel<'a> {
     session: &'a HopSession,
     to: Link,
+    epoch: u64,
     next_index: u32,
 }
 
 impl Parcel<'_> {
     async fn send(&mut self, part: proto::take_over::Part, payload: Bytes) -> Result<(), HandOverError> {
         self.taken((self.next_index + 1).saturating_sub(PARTS_AHEAD)).await?;
-        let inner = self.session.lock();
-        let epoch = inner.handing.as_ref().ok_or(HandOverError::Overtaken)?.epoch;
         let body = proto::frame::Body::TakeOver(proto::TakeOver { index: self.next_index, part: Some(part) });
-        self.to.send(Frame { header: self.session.header(epoch, body), payload })?;
+        let frame = Frame { header: self.session.header(self.epoch, body), payload };
+        let deadline = Instant::now() + self.session.step_deadline;
+        while let Err(error) = self.to.send(frame.clone()) {
+            // The steps of others go first, and take what room there is.
+            if !matches!(error, SendError::Full { .. }) || Instant::now() > deadline {
+                return Err(error.into());
+            }
+            tokio::time::sleep(SEND_AGAIN).await;
+        }
         self.next_index += 1;
         Ok(())
     }
@@ -262,7 +280,7 @@ impl Parcel<'_> {
             let taken = inner.handing.as_ref().map_or(0, |handing| handing.taken);
             Ok((taken >= parts).then_some(()))
         };
-        self.session.when(is_taken).await
+        self.session.when(self.epoch, is_taken).await
     }
 }
 

@@ -17,6 +17,9 @@ use super::{
 /// Bytes of one block's part of a page: keys and values of 16 tokens, two heads of 16 numbers in f32.
 const PIECE: usize = 2 * 16 * 2 * 16 * 4;
 
+/// What a leaving hop sends, with payloads.
+type Parts = Vec<(Part, Vec<u8>)>;
+
 /// 20 tokens on two pages.
 fn state() -> proto::SessionState {
     proto::SessionState {
@@ -103,7 +106,7 @@ async fn a_session_that_there_can_not_be_is_not_taken_over() {
     };
     let nan = |bytes: usize| [vec![0; bytes - 4], f32::NAN.to_le_bytes().to_vec()].concat();
     let good = with(|_| {});
-    let cases: Vec<(Vec<(Part, Vec<u8>)>, Code)> = vec![
+    let cases: Vec<(Parts, Code)> = vec![
         (vec![all_pieces()], Code::WrongStep),
         (vec![end()], Code::WrongStep),
         (vec![with(|state| state.kernel_path = "cuda-sm90".to_owned())], Code::Unsupported),
