@@ -175,8 +175,8 @@ async fn positions_that_depend_on_the_length_are_reused_for_equal_ones() {
     reuses(&changed(&place, "phi3", longrope), 6).await;
 }
 
-/// A hop is lost after all of them began with what they held.
-async fn one_loss(hop: usize, at: Option<usize>, node_args: &[&str]) {
+/// A hop is lost after all of them began with what they held; or it leaves, by SIGTERM.
+async fn one_loss(hop: usize, at: Option<usize>, signal: &str, node_args: &[&str]) {
     let (place, model) = (Place::new(), fixture("llama"));
     let (bootstrap, nodes) = place.swarm(&model, &["0:2", "2:4", "4:6", "0:2", "2:4", "4:6"], node_args);
     let ids: Vec<PeerId> = nodes[..3].iter().map(|node| node.peer_id.parse().unwrap()).collect();
@@ -196,18 +196,18 @@ async fn one_loss(hop: usize, at: Option<usize>, node_args: &[&str]) {
             GenerationEvent::Recovery { .. } => return,
         };
         if now == at {
-            nodes[hop].running.signal("KILL");
+            nodes[hop].running.signal(signal);
         }
     };
     let generation = client.generate(&prompt, &options(12, Some("")), &mut kill).await.unwrap();
     assert_eq!((&generation.output_ids, generation.recoveries, cached(&generation)), (&expected, 1, 208));
     let forgets = node_args.contains(&"--history-bytes");
     for (index, node) in nodes.iter().enumerate().filter(|(index, _)| *index != hop) {
-        let (rows, told) = (info(&client, node).await.tokens, info(&client, node).await.tokens_replayed);
-        let rows = rows - before[index];
+        let info = info(&client, node).await;
+        let (rows, told, taken) = (info.tokens - before[index], info.tokens_replayed, info.tokens_taken_over);
         if index == hop + 3 {
-            assert_eq!(rows + told, 210 + 11, "the new hop computes all of it once");
-            assert!(told >= 208);
+            assert_eq!(rows + told + taken, 210 + 11, "the new hop has all of it once");
+            assert!(if signal == "TERM" { told == 0 && taken >= 208 } else { told >= 208 && taken == 0 });
         } else if index < 3 && !forgets {
             assert_eq!((rows, told), (2 + 11, 0), "hop {index} computes what is new, once");
         }
@@ -217,30 +217,36 @@ async fn one_loss(hop: usize, at: Option<usize>, node_args: &[&str]) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_first_hop_is_lost_behind_a_prefix() {
-    one_loss(0, Some(4), &[]).await;
+    one_loss(0, Some(4), "KILL", &[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_middle_hop_is_lost_behind_a_prefix() {
-    one_loss(1, Some(4), &[]).await;
+    one_loss(1, Some(4), "KILL", &[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_last_hop_is_lost_behind_a_prefix() {
-    one_loss(2, Some(1), &[]).await;
+    one_loss(2, Some(1), "KILL", &[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hop_is_lost_between_the_prefix_and_the_first_step() {
     for hop in 0..3 {
-        one_loss(hop, None, &[]).await;
+        one_loss(hop, None, "KILL", &[]).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_hop_that_leaves_hands_over_what_the_session_began_with() {
+    one_loss(1, None, "TERM", &[]).await;
+    one_loss(0, Some(4), "TERM", &[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_prefix_whose_history_had_no_room_is_rebuilt_from_its_tokens() {
-    one_loss(2, Some(4), &["--history-bytes", "0"]).await;
-    one_loss(1, None, &["--history-bytes", "0"]).await;
+    one_loss(2, Some(4), "KILL", &["--history-bytes", "0"]).await;
+    one_loss(1, None, "KILL", &["--history-bytes", "0"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
