@@ -12,6 +12,7 @@ pub mod log;
 pub mod placement;
 mod session;
 pub mod sessions;
+mod settings;
 
 use std::{
     ops::Range,
