@@ -203,6 +203,7 @@ impl<S, R: Clone> StepLog<S, R> {
         let first = applied.saturating_add(1).saturating_sub(replies.len() as u64);
         (self.applied, self.confirmed) = (applied, confirmed);
         self.kept = (first..).zip(replies).collect();
+        self.held = self.held.split_off(&applied.saturating_add(1));
         self.filled()
     }
 
@@ -363,10 +364,11 @@ mod tests {
         }
         left.confirm(3);
         log.await_take_over();
-        assert_eq!(log.arrive(2, 6, 6), Arrival::Held);
+        assert_eq!(log.arrive(2, 1, 1), Arrival::Held);
         assert!(!log.fill(9), "a replay has no place here");
         let kept = left.kept().copied().collect();
-        assert_eq!(log.take_over(left.last_applied(), left.confirmed(), kept), Some(6));
+        assert_eq!(log.take_over(left.last_applied(), left.confirmed(), kept), None);
+        assert_eq!(log.arrive(2, 6, 6), Arrival::Run(6));
         assert_eq!((log.last_applied(), log.replies_after(3)), (5, Some(vec![40, 50])));
         assert!(log.keeps_unconfirmed());
         assert_eq!(log.arrive(2, 5, 5), Arrival::Again(50));
