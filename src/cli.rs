@@ -27,7 +27,7 @@ use std::{ffi::OsString, process::ExitCode};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 use self::output::{PrintError, say};
-use crate::config;
+use crate::{config, engine};
 
 /// Run a language model together: many machines, each holding a part of it.
 #[derive(Debug, Parser)]
@@ -156,6 +156,10 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
         }
     };
     start_log(cli.log_format, cli.command.default_log());
+    if let Err(error) = engine::check_kernels() {
+        say(format_args!("error: {error}"));
+        return ExitCode::from(2);
+    }
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {

@@ -97,6 +97,7 @@ pub use head::Seat;
 pub use hidden::{HiddenStates, WrongLength};
 pub use job::{Job, Keep, Owner, Place, StepError, StepOutput};
 pub use kept::PageKey;
+pub use kernels::UnknownKernels;
 pub use lanes::{LaneLayout, LaneRun};
 pub use load::LoadError;
 use load::{Loaded, Source};
@@ -468,6 +469,14 @@ impl Engine {
 /// `avx2-vnni`, `avx512`, `avx512-vnni`, `neon`, `neon-dot`. Results have the same bits on all of them; the environment variable `HELION_KERNELS` chooses another.
 pub fn kernel_paths() -> Vec<&'static str> {
     kernels::Path::all().iter().map(kernels::Path::name).collect()
+}
+
+/// Whether this machine has the kernels that `HELION_KERNELS` asks for, if it asks.
+///
+/// # Errors
+/// It hasn't. Who doesn't ask here gets the best ones, and a line in the log.
+pub fn check_kernels() -> Result<(), UnknownKernels> {
+    kernels::Path::asked().map(|_| ())
 }
 
 impl std::fmt::Debug for Engine {

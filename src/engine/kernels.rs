@@ -161,25 +161,36 @@ pub(super) enum Path {
     NeonDot(Neon<true>),
 }
 
+/// The environment asks for kernels that this machine hasn't got.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{PATH_VARIABLE}={asked} is not a path of this machine: it has {}; unset it for the best one", known.join(", "))]
+pub struct UnknownKernels {
+    asked: String,
+    known: Vec<&'static str>,
+}
+
 impl Path {
     /// The one that kernels run on: the best, unless the environment says otherwise.
     pub(super) fn chosen() -> Self {
         static CHOSEN: OnceLock<Path> = OnceLock::new();
         *CHOSEN.get_or_init(|| {
-            let all = Self::all();
-            let asked = std::env::var(PATH_VARIABLE).ok();
-            let best = all.last().copied().unwrap_or(Self::Portable);
-            let Some(asked) = asked.filter(|asked| !asked.is_empty() && asked != "auto") else { return best };
-            all.iter().copied().find(|path| path.name() == asked).unwrap_or_else(|| {
-                let known: Vec<&str> = all.iter().map(Self::name).collect();
-                tracing::warn!(
-                    "{PATH_VARIABLE}={asked} is not a path of this machine, which has {}: {} is used",
-                    known.join(", "),
-                    best.name()
-                );
-                best
-            })
+            let asked = Self::asked().unwrap_or_else(|error| {
+                tracing::error!("{error}; the best one is used");
+                None
+            });
+            asked.or_else(|| Self::all().last().copied()).unwrap_or(Self::Portable)
         })
+    }
+
+    /// The one that the environment asks for.
+    pub(super) fn asked() -> Result<Option<Self>, UnknownKernels> {
+        let asked = std::env::var(PATH_VARIABLE).unwrap_or_default();
+        if asked.is_empty() || asked == "auto" {
+            return Ok(None);
+        }
+        let all = Self::all();
+        let found = all.iter().copied().find(|path| path.name() == asked);
+        found.map(Some).ok_or_else(|| UnknownKernels { asked, known: all.iter().map(Self::name).collect() })
     }
 
     /// All that this machine has, the best one last.

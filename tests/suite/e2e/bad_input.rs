@@ -278,3 +278,10 @@ fn unsupported_devices_and_features_are_refused() {
     let ids = join(&[1]);
     place.run(&["client", "generate", "--model", "x", "--input-ids", &ids, "--beams", "4"]).fails(2, &["--beams"]);
 }
+
+#[test]
+fn kernels_that_the_machine_has_not_got() {
+    let place = Place::new();
+    let running = place.start_with(&["identity", "show", "none"], &[("HELION_KERNELS", Path::new("bogus"))]);
+    running.finish().fails(2, &["HELION_KERNELS=bogus", "portable"]);
+}

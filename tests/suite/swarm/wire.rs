@@ -124,12 +124,12 @@ fn session_open_and_ticket() {
     let open = session::Open { prefix: Some(prefix.clone()), adopt_prefix: true, ..Default::default() };
     pinned(
         &frame(session::frame::Body::Open(open)),
-        "0a10010101010101010101010101010101010110021a0e2a0a0a0104120105180620073001",
+        "0a100101010101010101010101010101010110021a0e2a0a0a0104120105180620073001",
     );
     let close = session::Close { prefix: Some(prefix), applied: 8 };
     pinned(
         &frame(session::frame::Body::Close(close)),
-        "0a1001010101010101010101010101010101011002420e0a0a0a0104120105180620071008",
+        "0a10010101010101010101010101010101011002420e0a0a0a0104120105180620071008",
     );
     let opened = session::Opened { prefix_tokens: 9, ..Default::default() };
     pinned(&frame(session::frame::Body::Opened(opened)), "0a100101010101010101010101010101010101100222023009");
