@@ -189,7 +189,7 @@ impl HopSession {
                     Some(permit) => {
                         let permit = Arc::new(permit);
                         let mut row = 0;
-                        for (before, place, count) in runs {
+                        for Run { before, place, count } in runs {
                             let kept = (count > 0).then(|| Kept::new(states.slice(row..row + count), permit.clone()));
                             history.restore(Entry { before, place, rows: kept });
                             row += count;
@@ -389,13 +389,21 @@ fn check_states(
     }
 }
 
+/// Consecutive rows of a part.
+struct Run {
+    /// As in [`Entry`].
+    before: u64,
+    place: Place,
+    count: usize,
+}
+
 /// Rows that were sent on in steps up to `applied`, and where they belong.
 fn check_rows(
     ticket: &Ticket,
     hidden: usize,
     (rows, state): (&proto::KeptRows, State),
     payload: Bytes,
-) -> Result<(Vec<(u64, Place, usize)>, HiddenStates), Refusal> {
+) -> Result<(Vec<Run>, HiddenStates), Refusal> {
     let states = check_states(ticket, hidden, rows.tensor.as_ref(), payload)?;
     let bad = |message: String| Refusal::new(proto::Code::WrongPosition, message);
     let mut runs = Vec::with_capacity(rows.runs.len());
@@ -413,7 +421,7 @@ fn check_rows(
         }
         let length_class = usize::try_from(run.length_class).unwrap_or(usize::MAX);
         let place = Place { step: run.step, lane, position: position as usize, length_class };
-        runs.push((run.before, place, tokens as usize));
+        runs.push(Run { before: run.before, place, count: tokens as usize });
         count += u64::from(tokens);
     }
     if count != states.rows as u64 {

@@ -132,7 +132,7 @@ fn session_open_and_ticket() {
         "0a10010101010101010101010101010101011002420e0a0a0a0104120105180620071008",
     );
     let opened = session::Opened { prefix_tokens: 9, ..Default::default() };
-    pinned(&frame(session::frame::Body::Opened(opened)), "0a100101010101010101010101010101010101100222023009");
+    pinned(&frame(session::frame::Body::Opened(opened)), "0a1001010101010101010101010101010101100222023009");
     let opened = session::Opened { cache_tokens_left: 5, queue: 6, ..Default::default() };
     pinned(&frame(session::frame::Body::Opened(opened)), "0a10010101010101010101010101010101011002220408051006");
 }
