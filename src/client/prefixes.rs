@@ -128,15 +128,15 @@ pub(crate) struct Kinds(Vec<Kind>);
 
 impl Kinds {
     pub(crate) fn of<'a>(hops: impl IntoIterator<Item = &'a RouteHop>) -> Self {
+        let mut hops: Vec<&RouteHop> = hops.into_iter().collect();
+        hops.dedup_by(|next, first| next.announcement.computes_like(&first.announcement));
         let kinds = hops.into_iter().map(|hop| Kind {
             start: hop.blocks.start,
             dtype: hop.announcement.dtype,
             quant: hop.announcement.quant.clone(),
             kernel_path: hop.announcement.kernel_path.clone(),
         });
-        let mut kinds: Vec<Kind> = kinds.collect();
-        kinds.dedup_by(|next, kind| *next == Kind { start: next.start, ..kind.clone() });
-        Self(kinds)
+        Self(kinds.collect())
     }
 }
 

@@ -106,11 +106,7 @@ impl Route {
 
     /// Whether all hops compute alike, so that where the cuts lie can't change a token.
     pub fn is_uniform(&self) -> bool {
-        let kind = |hop: &RouteHop| {
-            let said = &hop.announcement;
-            (said.dtype, said.quant.clone(), said.kernel_path.clone())
-        };
-        self.hops.windows(2).all(|pair| kind(&pair[0]) == kind(&pair[1]))
+        self.hops.windows(2).all(|pair| pair[0].announcement.computes_like(&pair[1].announcement))
     }
 }
 

@@ -377,6 +377,11 @@ impl Announcement {
         Self::try_from(verify(signed, now_unix_ms)?)
     }
 
+    /// Whether both compute in the same way, so that a block gives the same bits at either.
+    pub fn computes_like(&self, other: &Self) -> bool {
+        (self.dtype, &self.quant, &self.kernel_path) == (other.dtype, &other.quant, &other.kernel_path)
+    }
+
     /// Whether it still counts.
     pub fn is_fresh(&self, now_unix_ms: u64) -> bool {
         self.expires_unix_ms > now_unix_ms

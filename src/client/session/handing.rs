@@ -23,7 +23,7 @@ use libp2p::PeerId;
 use super::{HopLink, RouteHop, Session, SessionError, shows_life};
 use crate::{
     client::{Work, inbox::Event, view::SwarmView},
-    swarm::{Frame, announcement::Announcement, proto::session as proto},
+    swarm::{Frame, proto::session as proto},
 };
 
 /// How long a hop that could not be left is stayed with before that is tried again: a look at the swarm costs a moment.
@@ -173,14 +173,13 @@ impl Session {
 
     fn successor_in(&self, view: &SwarmView, index: usize) -> Option<RouteHop> {
         let hop = &self.hops[index];
-        let kind = |said: &Announcement| (said.dtype, said.quant.clone(), said.kernel_path.clone());
         let chooser = self.client.chooser(view, Work::DECODE, self.limits.max_tokens);
         let now = Instant::now();
         let found = chooser.fastest(hop.blocks.clone(), |peer| {
             let said = &peer.announcement;
             let is_free = !self.hops.iter().any(|hop| hop.peer == said.peer_id) && !self.is_given_up(said.peer_id);
             let has_all = said.span.start <= hop.blocks.start && hop.blocks.end <= said.span.end;
-            let is_alike = kind(said) == kind(&hop.announcement) && said.signed.is_some();
+            let is_alike = said.computes_like(&hop.announcement) && said.signed.is_some();
             let is_good = self.client.rules().allows(said.peer_id) && !self.client.avoids(said.peer_id, now);
             is_free && has_all && is_alike && is_good
         })?;

@@ -11,15 +11,17 @@ use futures::future::BoxFuture;
 use helion::{
     client::{PeerRules, generation::GenerationOptions, session::Patience},
     swarm::{
-        Frame, Link, Role, Service, State, Swarm, SwarmConfig, WeakSwarm,
+        Frame, Link, Service, WeakSwarm,
         announcement::{Announcement, unix_ms},
-        identity::Identity,
         proto::{rpc, session as proto},
         ticket::Ticket,
     },
 };
 
-use super::harness::{Place, client, fixture, reference};
+use super::{
+    harness::{Place, client, fixture, reference},
+    strangers::{pass_for_honest, server},
+};
 
 /// What it does instead of computing.
 #[derive(Clone, Copy)]
@@ -106,26 +108,9 @@ async fn is_replaced(lie: Lie) {
     let client = client(&model, &bootstrap, patience).await;
 
     let evil = Arc::new(EvilHop { lie, swarm: OnceLock::new(), next: Mutex::default() });
-    let config = SwarmConfig {
-        initial_peers: vec![bootstrap.address.parse().unwrap()],
-        listen: vec!["/ip4/127.0.0.1/tcp/0".parse().unwrap()],
-        ..SwarmConfig::new(Identity::ephemeral(), Role::Server)
-    };
-    let swarm = Swarm::start(config, evil.clone()).await.unwrap();
+    let swarm = server(&bootstrap, evil.clone()).await;
     evil.swarm.set(swarm.downgrade()).unwrap_or_else(|_| panic!("set once"));
-    swarm.join(Duration::from_secs(10)).await.unwrap();
-    let honest = client.observer().look_up().await.unwrap();
-    let honest = honest.peers.iter().find(|peer| peer.announcement.span == (2..4)).unwrap().announcement.clone();
-    // It passes for an honest one.
-    let claims = Announcement {
-        peer_id: swarm.peer_id(),
-        state: State::Online,
-        addresses: Vec::new(),
-        signed: None,
-        sequence: 0,
-        ..honest
-    };
-    swarm.announce(claims).await.unwrap();
+    pass_for_honest(&swarm, &client, 2..4).await;
 
     let reference = reference(&model);
     let options = GenerationOptions {

@@ -19,9 +19,7 @@ use helion::{
     },
     engine::LaneRun,
     swarm::{
-        Frame, Link, PeerId, Role, Service, State, Swarm, SwarmConfig, WeakSwarm, WireCodec,
-        announcement::Announcement,
-        identity::Identity,
+        Frame, Link, PeerId, Service, WeakSwarm, WireCodec,
         proto::{rpc, session as proto},
         ticket::SessionLimits,
     },
@@ -31,6 +29,7 @@ use super::{
     faults::{Case, Moment, Outcome, changed, run},
     harness::{Place, Reference, Server, client, fixture, reference},
     sessions::info,
+    strangers::{pass_for_honest, server},
 };
 
 /// One hop leaves, at one moment: it hands over, and what the others and its successor did adds up to every token once.
@@ -375,25 +374,9 @@ async fn a_hand_over_fails(fate: Fate) {
     let client = client(&model, &bootstrap, patience).await;
     let process = AtomicU32::new(nodes[1].running.child.id());
     let successor = Arc::new(FalseSuccessor { fate, swarm: OnceLock::new(), process, parts: Mutex::default() });
-    let config = SwarmConfig {
-        initial_peers: vec![bootstrap.address.parse().unwrap()],
-        listen: vec!["/ip4/127.0.0.1/tcp/0".parse().unwrap()],
-        ..SwarmConfig::new(Identity::ephemeral(), Role::Server)
-    };
-    let swarm = Swarm::start(config, successor.clone()).await.unwrap();
+    let swarm = server(&bootstrap, successor.clone()).await;
     successor.swarm.set(swarm.downgrade()).unwrap_or_else(|_| panic!("set once"));
-    swarm.join(Duration::from_secs(10)).await.unwrap();
-    let honest = client.observer().look_up().await.unwrap();
-    let honest = honest.peers.iter().find(|peer| peer.announcement.span == (2..4)).unwrap().announcement.clone();
-    let claims = Announcement {
-        peer_id: swarm.peer_id(),
-        state: State::Online,
-        addresses: Vec::new(),
-        signed: None,
-        sequence: 0,
-        ..honest
-    };
-    swarm.announce(claims).await.unwrap();
+    pass_for_honest(&swarm, &client, 2..4).await;
 
     let reference = reference(&model);
     let options = GenerationOptions {

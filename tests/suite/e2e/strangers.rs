@@ -13,8 +13,9 @@ use helion::{
     engine::{HiddenStates, LaneRun},
     model::Dtype,
     swarm::{
-        Frame, Link, Service, Swarm, WireCodec,
+        Frame, Link, Role, Service, State, Swarm, SwarmConfig, WireCodec,
         announcement::Announcement,
+        identity::Identity,
         proto::{announcement, rpc, session as proto},
         ticket::{SessionId, SessionLimits, Ticket},
     },
@@ -81,6 +82,32 @@ async fn generate_with(client: &Client, session: &mut Session, model: &Path, mut
         input = vec![token];
         between(position).await;
     }
+}
+
+/// Starts a peer that others can reach; it does with what it is sent as `service` likes.
+pub(super) async fn server(peer: &Server, service: Arc<dyn Service>) -> Swarm {
+    let config = SwarmConfig {
+        initial_peers: vec![peer.address.parse().unwrap()],
+        listen: vec!["/ip4/127.0.0.1/tcp/0".parse().unwrap()],
+        ..SwarmConfig::new(Identity::ephemeral(), Role::Server)
+    };
+    Swarm::start(config, service).await.unwrap()
+}
+
+/// Has it join, and announce what an honest peer with these blocks does.
+pub(super) async fn pass_for_honest(swarm: &Swarm, client: &Client, blocks: Range<usize>) {
+    swarm.join(Duration::from_secs(10)).await.unwrap();
+    let honest = client.observer().look_up().await.unwrap();
+    let honest = honest.peers.iter().find(|peer| peer.announcement.span == blocks).unwrap().announcement.clone();
+    let claims = Announcement {
+        peer_id: swarm.peer_id(),
+        state: State::Online,
+        addresses: Vec::new(),
+        signed: None,
+        sequence: 0,
+        ..honest
+    };
+    swarm.announce(claims).await.unwrap();
 }
 
 /// A peer of the swarm that says what it likes.
