@@ -197,7 +197,8 @@ impl<'a> Product<'a> {
             run(0, y);
         } else {
             let tiles = self.tiles().div_ceil(threads * PARTS_PER_THREAD).max(MIN_TILES);
-            y.par_chunks_mut(tiles * each).enumerate().for_each(|(index, y)| run(index * tiles, y));
+            let parts = y.par_chunks_mut(tiles * each).enumerate().with_max_len(1);
+            parts.for_each(|(index, y)| run(index * tiles, y));
         }
     }
 }

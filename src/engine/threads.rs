@@ -72,7 +72,7 @@ fn stay(working: usize, is_over: &AtomicBool) {
 /// Does `work` with each of the tasks: on several threads where that is worth it, else one after the other.
 pub(super) fn each<T: Send>(tasks: Vec<T>, is_worth_it: bool, work: impl Fn(T) + Sync + Send) {
     if is_worth_it && tasks.len() > 1 {
-        tasks.into_par_iter().for_each(work);
+        tasks.into_par_iter().with_max_len(1).for_each(work);
     } else {
         tasks.into_iter().for_each(work);
     }
