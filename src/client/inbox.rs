@@ -33,11 +33,12 @@ pub(crate) enum Event {
     LinkClosed(PeerId),
 }
 
-/// What a client has received, in all its sessions.
+/// What a client has received, and told again to hops that took a lost first one's place; in all its sessions.
 #[derive(Debug, Default)]
 pub struct Traffic {
     outputs: AtomicU64,
     payload_bytes: AtomicU64,
+    bytes_replayed: AtomicU64,
 }
 
 impl Traffic {
@@ -49,6 +50,16 @@ impl Traffic {
     /// Bytes of hidden states.
     pub fn payload_bytes(&self) -> u64 {
         self.payload_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of hidden states that it replayed, as nodes count theirs.
+    pub fn bytes_replayed(&self) -> u64 {
+        self.bytes_replayed.load(Ordering::Relaxed)
+    }
+
+    /// It replays so many bytes.
+    pub(crate) fn replays(&self, bytes: usize) {
+        self.bytes_replayed.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 }
 

@@ -503,7 +503,9 @@ impl Session {
                 rope_length: part.length_class as u64,
                 ..head
             };
-            self.send_to(&self.hops[0], proto::frame::Body::Replay(replay), self.pack(hidden))?;
+            let payload = self.pack(hidden);
+            self.client.traffic().replays(payload.len());
+            self.send_to(&self.hops[0], proto::frame::Body::Replay(replay), payload)?;
         }
         Ok(())
     }
