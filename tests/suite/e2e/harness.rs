@@ -353,13 +353,22 @@ pub(super) fn network(peer: &Server) -> SwarmConfig {
 
 /// A client in this process, in f32.
 pub(super) async fn client(model: &Path, peer: &Server, patience: Patience) -> Client {
-    // With RUST_LOG, a test that fails shows what its client did; another test's client may have begun it.
-    let log = tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env());
-    let _ = log.with_test_writer().try_init();
+    connect(local_model(model).await, peer, patience).await
+}
+
+/// A client's part of a model, in f32.
+pub(super) async fn local_model(model: &Path) -> Arc<LocalModel> {
     let source = ModelSource::open(&model.display().to_string(), HubOptions::default()).await.unwrap();
     let identity = ModelIdentity::of(&source).await.unwrap();
     let checkpoint = source.fetch_edges().await.unwrap();
     let choice = EdgesChoice { dtype: Some(Dtype::F32), quant: Quant::Auto, device: DeviceChoice::Cpu, threads: None };
-    let model = Arc::new(LocalModel::load(&checkpoint, identity, choice).unwrap());
+    Arc::new(LocalModel::load(&checkpoint, identity, choice).unwrap())
+}
+
+/// A client with an identity of its own.
+pub(super) async fn connect(model: Arc<LocalModel>, peer: &Server, patience: Patience) -> Client {
+    // With RUST_LOG, a test that fails shows what its client did; another test's client may have begun it.
+    let log = tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env());
+    let _ = log.with_test_writer().try_init();
     Client::connect(model, network(peer), patience, Duration::from_secs(10)).await.unwrap()
 }
