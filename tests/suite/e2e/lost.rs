@@ -7,6 +7,9 @@ use serde_json::Value;
 
 use super::harness::{HANG, Place, Running, Server, fixture, join, numbers};
 
+/// What the README says: how long the command line's client takes to notice that a hop has fallen silent.
+const SILENCE_IS_NOTICED: Duration = Duration::from_secs(5);
+
 /// A prompt that takes a few chunks.
 const PROMPT: [u32; 40] = [5; 40];
 
@@ -43,13 +46,27 @@ impl Generating {
 
     /// Goes on to the end, which must be a good one. Returns the result and the recoveries.
     fn finish(self) -> (Value, Vec<Value>) {
+        let (result, recoveries, _) = self.finish_timed();
+        (result, recoveries)
+    }
+
+    /// And the longest time in which it printed nothing.
+    fn finish_timed(self) -> (Value, Vec<Value>, Duration) {
         self.running.signal("CONT");
+        let (mut recoveries, mut last_line, mut longest_gap) = (Vec::new(), Instant::now(), Duration::ZERO);
+        let result = loop {
+            let line = self.running.line_with("{");
+            longest_gap = longest_gap.max(last_line.elapsed());
+            last_line = Instant::now();
+            let line: Value = serde_json::from_str(&line).unwrap();
+            if line.get("output_ids").is_some() {
+                break line;
+            }
+            recoveries.extend(Some(line).filter(|line| line.get("recovery").is_some()));
+        };
         let ended = self.running.finish();
         assert!(ended.status.success(), "{ended:?}");
-        let mut lines: Vec<Value> = ended.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-        let result = lines.pop().unwrap();
-        lines.retain(|line| line.get("recovery").is_some());
-        (result, lines)
+        (result, recoveries, longest_gap)
     }
 }
 
@@ -86,8 +103,19 @@ fn the_only_peer_of_the_last_blocks_freezes() {
     no_replacement(2, "STOP", Duration::from_secs(20));
 }
 
-/// One of three hops is lost while there is another peer for its blocks, and the tokens are those of an undisturbed run.
+/// One of three hops is lost while there is another peer for its blocks: the tokens are those of an undisturbed run, and the pause is
+/// as short as the README says.
 fn replaced(family: &str, hop: usize, signal: &str) {
+    let noticed = if signal == "STOP" { SILENCE_IS_NOTICED } else { Duration::ZERO };
+    let mut gaps = Vec::new();
+    while gaps.last().is_none_or(|gap| *gap >= noticed + Duration::from_secs(1)) {
+        // The machine may be busy.
+        assert!(gaps.len() < 3, "nothing came for {gaps:?}");
+        gaps.push(gap_of_a_loss(family, hop, signal));
+    }
+}
+
+fn gap_of_a_loss(family: &str, hop: usize, signal: &str) -> Duration {
     let spans = ["0:2", "2:4", "4:6"];
     let place = Place::new();
     let (bootstrap, nodes) = place.swarm(&fixture(family), &[&spans[..], &spans[hop..=hop]].concat(), &[]);
@@ -96,16 +124,15 @@ fn replaced(family: &str, hop: usize, signal: &str) {
     let lost = generating.hop(hop, &nodes);
     let spare = nodes.iter().find(|node| !generating.route.contains(&node.peer_id)).unwrap();
     lost.running.signal(signal);
-    let (result, recoveries) = generating.finish();
+    let (result, recoveries, longest_gap) = generating.finish_timed();
     assert_eq!(numbers(&result["output_ids"]), expected);
     assert_eq!((&result["recoveries"], &result["exact"]), (&1.into(), &true.into()));
     let recovery = &recoveries[0]["recovery"];
     assert_eq!((&recovery["hop"], &recovery["lost"]), (&(hop + 1).into(), &lost.peer_id.as_str().into()));
     assert_eq!(recovery["replacement"][0]["peer_id"], spare.peer_id);
     assert_eq!(recoveries[0]["route"][hop]["peer_id"], spare.peer_id);
-    let most = if signal == "KILL" { 1000.0 } else { 6000.0 };
-    assert!(recovery["ms"].as_f64().unwrap() < most, "{recovery}");
     lost.running.signal("KILL");
+    longest_gap
 }
 
 #[test]
@@ -121,6 +148,11 @@ fn the_middle_hop_is_killed() {
 #[test]
 fn the_last_hop_is_killed() {
     replaced("mistral", 2, "KILL");
+}
+
+#[test]
+fn a_hop_freezes_and_is_noticed_in_the_stated_time() {
+    replaced("qwen2", 1, "STOP");
 }
 
 #[test]
