@@ -86,9 +86,20 @@ async fn a_second_session_computes_only_what_is_new() {
         assert_eq!((between[index] - before[index], after[index] - between[index]), (full, rest));
         assert_eq!(info(&client, node).await.prefix_tokens_reused, 896);
     }
-    let (was, is) = (first.timing.time_to_first_token_ms, second.timing.time_to_first_token_ms);
+    // The best of three, as the machine may be busy.
+    let to_first = |generation: &Generation| generation.timing.time_to_first_token_ms;
+    let (mut was, mut is) = (to_first(&first), to_first(&second));
+    for seed in [11, 12] {
+        let prompt = self::prompt(seed, 900);
+        let (first, second) = (
+            generate(&client, &prompt, &options(1, Some(""))).await,
+            generate(&client, &prompt, &options(1, Some(""))).await,
+        );
+        assert_eq!((cached(&first), cached(&second)), (0, 896));
+        (was, is) = (was.min(to_first(&first)), is.min(to_first(&second)));
+    }
     eprintln!("time to first token: {was:.1} ms, then {is:.1} ms");
-    assert!(is < was, "{was} ms, then {is} ms");
+    assert!(is < 0.15 * was, "{was} ms, then {is} ms");
 
     // The next turn of a chat: what was answered is there as well, but for the last page that it has not filled.
     has_no_sessions(&client, &nodes[0]).await;

@@ -47,7 +47,7 @@ pub(super) async fn holds_nothing(client: &Client, node: &Server) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sessions_that_together_need_twice_the_cache_all_finish() {
-    const SESSIONS: usize = 12;
+    const SESSIONS: usize = 20;
     let (place, model) = (Place::new(), fixture("llama"));
     // Each session takes 64 tokens in the end.
     let cache = (SESSIONS * 64 / 2).to_string();
