@@ -22,7 +22,10 @@ use super::{
 const GENERATIONS: usize = 32;
 const AT_A_TIME: usize = 4;
 /// Beside the time that a node takes to start.
-const BETWEEN_KILLS: Duration = Duration::from_millis(300);
+const BETWEEN_LOSSES: Duration = Duration::from_millis(300);
+/// A frozen node is noticed after a part of this, or is not.
+const LONGEST_FREEZE: Duration = Duration::from_millis(2500);
+const PATIENCE: Duration = Duration::from_millis(500);
 const SPANS: [&str; 3] = ["0:2", "2:4", "4:6"];
 
 /// With the key that the node before it in this place had, as after a restart.
@@ -38,24 +41,39 @@ async fn generations_survive_nodes_that_come_and_go() {
     let (place, model) = (Arc::new(Place::new()), fixture("llama"));
     let bootstrap = Arc::new(place.bootstrap());
     let nodes: Vec<Server> = (0..2 * SPANS.len()).map(|index| start(&place, &model, &bootstrap, index)).collect();
-    let client = client(&model, &bootstrap, Patience::default()).await;
+    let patience = Patience { overdue: PATIENCE, pong: PATIENCE, ..Patience::default() };
+    let client = client(&model, &bootstrap, patience).await;
     let reference = Arc::new(reference(&model));
     let over = Arc::new(AtomicBool::new(false));
 
-    // One after the other is killed, and another one started in its place.
+    // One after the other is killed and another one started in its place, or it is frozen and wakes up, or doesn't.
     let churn = tokio::task::spawn_blocking({
         let (place, bootstrap, over, model) = (place.clone(), bootstrap.clone(), over.clone(), model.clone());
         move || {
-            let (mut nodes, mut killed): (Vec<Server>, usize) = (nodes, 0);
+            let (mut nodes, mut killed, mut frozen): (Vec<Server>, usize, usize) = (nodes, 0, 0);
             while !over.load(Ordering::Relaxed) {
                 let index = rand::rng().random_range(0..nodes.len());
-                // Killed and waited for: until then its key file is in use.
-                drop(nodes.remove(index));
-                nodes.insert(index, start(&place, &model, &bootstrap, index));
-                killed += 1;
-                std::thread::sleep(BETWEEN_KILLS);
+                let (freezes, is_killed) = match rand::rng().random_range(0..4) {
+                    0 | 1 => (false, true),
+                    2 => (true, true),
+                    _ => (true, false),
+                };
+                if freezes {
+                    nodes[index].running.signal("STOP");
+                    std::thread::sleep(LONGEST_FREEZE.mul_f64(rand::rng().random_range(0.0..1.0)));
+                    frozen += 1;
+                }
+                if is_killed {
+                    // And waited for: until then its key file is in use.
+                    drop(nodes.remove(index));
+                    nodes.insert(index, start(&place, &model, &bootstrap, index));
+                    killed += 1;
+                } else {
+                    nodes[index].running.signal("CONT");
+                }
+                std::thread::sleep(BETWEEN_LOSSES);
             }
-            (nodes, killed)
+            (nodes, killed, frozen)
         }
     });
     let generate = async {
@@ -89,8 +107,8 @@ async fn generations_survive_nodes_that_come_and_go() {
         .await
         .expect("a generation hangs");
     over.store(true, Ordering::Relaxed);
-    let (nodes, killed) = churn.await.unwrap();
-    eprintln!("{generations} generations, {killed} nodes killed, {recoveries} hops replaced");
+    let (nodes, killed, frozen) = churn.await.unwrap();
+    eprintln!("{generations} generations, {killed} nodes killed, {frozen} frozen, {recoveries} hops replaced");
     for node in &nodes {
         holds_nothing(&client, node).await;
     }
