@@ -4,9 +4,11 @@
 //! and end at the same blocks, as they do where nodes choose their own; in `any` no two need to.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
+use std::collections::HashMap;
+
 use helion::{
-    client::route::{Candidate, choose},
-    swarm::identity::Identity,
+    client::route::{Candidate, Choice, Task},
+    swarm::{PeerId, identity::Identity},
 };
 
 const PEERS: usize = 1000;
@@ -29,7 +31,8 @@ fn swarm(grid: usize) -> Vec<Candidate> {
         Candidate {
             peer: Identity::ephemeral().peer_id(),
             span: start..start + length,
-            link_seconds: 0.001 + next(1000) as f64 * 1e-4,
+            delay_seconds: 0.001 + next(1000) as f64 * 1e-4,
+            wait_seconds: 0.0,
             transmission_seconds: 1e-3 * (1 + next(100)) as f64,
             block_seconds: 1e-4 * (1 + next(100)) as f64,
         }
@@ -37,21 +40,34 @@ fn swarm(grid: usize) -> Vec<Candidate> {
     peers.collect()
 }
 
+fn choose(candidates: &[Candidate], frames: usize, legs: &HashMap<(PeerId, PeerId), f64>) -> Option<Choice> {
+    let task = Task { blocks: 0..BLOCKS, candidates, frames, legs };
+    helion::client::route::choose(&task)
+}
+
 #[divan::bench(args = [1, 4, 32])]
 fn alike(bencher: divan::Bencher<'_, '_>, frames: usize) {
     let peers = swarm(8);
-    bencher.bench_local(|| choose(0..BLOCKS, &peers, frames).unwrap());
+    bencher.bench_local(|| choose(&peers, frames, &HashMap::new()).unwrap());
 }
 
 #[divan::bench(args = [1, 4, 32])]
 fn any(bencher: divan::Bencher<'_, '_>, frames: usize) {
     let peers = swarm(1);
-    bencher.bench_local(|| choose(0..BLOCKS, &peers, frames).unwrap());
+    bencher.bench_local(|| choose(&peers, frames, &HashMap::new()).unwrap());
 }
 
 /// As few as are weighed in all ways.
 #[divan::bench(args = [1, 32])]
 fn two_dozen_peers(bencher: divan::Bencher<'_, '_>, frames: usize) {
     let peers = swarm(8)[..24].to_vec();
-    bencher.bench_local(|| choose(0..BLOCKS, &peers, frames));
+    bencher.bench_local(|| choose(&peers, frames, &HashMap::new()));
+}
+
+/// Steps have told what lies between two hundred pairs of them.
+#[divan::bench(args = [1, 32])]
+fn known_legs(bencher: divan::Bencher<'_, '_>, frames: usize) {
+    let peers = swarm(8);
+    let legs = peers.windows(2).step_by(5).map(|pair| ((pair[0].peer, pair[1].peer), 0.01)).collect();
+    bencher.bench_local(|| choose(&peers, frames, &legs).unwrap());
 }

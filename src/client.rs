@@ -8,6 +8,7 @@ mod backoff;
 mod choice;
 pub mod generation;
 mod inbox;
+mod legs;
 pub mod local_model;
 pub mod models;
 pub mod observer;
@@ -25,10 +26,11 @@ use std::{
 };
 
 use libp2p::PeerId;
+use rand::RngExt;
 
 use self::{
     backoff::Backoff,
-    choice::Chooser,
+    choice::{Chooser, room_soon},
     inbox::Inbox,
     local_model::LocalModel,
     observer::Observer,
@@ -38,7 +40,7 @@ use self::{
     view::{Incomplete, SwarmView},
 };
 pub use self::{
-    choice::{BadRoute, PeerRules, Work},
+    choice::{BadRoute, PeerRules, RouteMode, Work},
     inbox::Traffic,
 };
 use crate::{
@@ -50,8 +52,13 @@ use crate::{
 /// How many other routes are tried where a hop can't be reached or has no room.
 const ROUTE_ATTEMPTS: usize = 4;
 
-/// How often an incomplete swarm is looked up again while waiting for it.
+/// How often an incomplete swarm is looked up again while waiting for it, on average.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
+
+/// The next pause of a client that waits for a peer: all that wait for the same one should not ask at the same moments.
+pub(crate) fn look_again() -> Duration {
+    LOOK_AGAIN.mul_f64(rand::rng().random_range(0.5..=1.5))
+}
 
 /// Why a client can't do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -108,6 +115,7 @@ pub struct Client {
     inbox: Arc<Inbox>,
     patience: Patience,
     rules: Arc<PeerRules>,
+    route_mode: RouteMode,
     wire_codec: WireCodec,
     backoff: Arc<Mutex<Backoff>>,
     prefixes: Arc<Prefixes>,
@@ -133,6 +141,7 @@ impl Client {
             inbox,
             patience,
             rules: Arc::default(),
+            route_mode: RouteMode::Auto,
             wire_codec: WireCodec::Raw,
             backoff: Arc::default(),
             prefixes: Arc::default(),
@@ -143,6 +152,12 @@ impl Client {
     #[must_use]
     pub fn with_rules(self, rules: PeerRules) -> Self {
         Self { rules: Arc::new(rules), ..self }
+    }
+
+    /// Chooses routes for this, whatever the work is.
+    #[must_use]
+    pub fn with_route_mode(self, route_mode: RouteMode) -> Self {
+        Self { route_mode, ..self }
     }
 
     /// Packs hidden states like this on the wire, and uses only hops that can.
@@ -214,6 +229,11 @@ impl Client {
         if !look && let Some(view) = self.observer.recent() {
             return Ok(view);
         }
+        self.look().await
+    }
+
+    /// The peers that answer now.
+    async fn look(&self) -> Result<SwarmView, ClientError> {
         let mut view = self.observer.look_around().await?;
         self.observer.measure(&mut view, true).await;
         view.leave_out_silent();
@@ -256,16 +276,39 @@ impl Client {
         prompt: Option<Prompt<'_>>,
     ) -> Result<(Session, Route), ClientError> {
         let started = Instant::now();
+        let room = room_soon(work.prompt, &limits);
+        let work = work.seen_as(self.route_mode);
         let mut last_error: Option<ClientError> = None;
         let (mut look, mut attempts) = (false, 0);
         while attempts < ROUTE_ATTEMPTS {
-            let mut view = self.view(look).await?;
-            if work.is_long() {
-                self.observer.measure_bandwidth(&mut view).await;
-            }
             // What is known may be out of date, so it is no reason to give up.
-            let is_last_word = std::mem::replace(&mut look, true) && started.elapsed() >= wait;
-            let route = match self.choose_route(&self.chooser(&view, work, limits.max_tokens)) {
+            let is_last_word = look && started.elapsed() >= wait;
+            let known = if look { None } else { self.observer.recent() };
+            look = true;
+            let view = match known {
+                Some(view) => {
+                    if work.is_long() {
+                        self.observer.measure_bandwidth_meanwhile(&view);
+                    }
+                    view
+                }
+                None => match self.look().await {
+                    Ok(mut view) => {
+                        if work.is_long() {
+                            self.observer.measure_bandwidth(&mut view).await;
+                        }
+                        view
+                    }
+                    Err(error) if started.elapsed() >= wait => return Err(last_error.unwrap_or(error)),
+                    // Whoever could tell may be there in a moment, as those who serve may.
+                    Err(error) => {
+                        tracing::debug!(%error, "the swarm can't be looked up yet");
+                        tokio::time::sleep(look_again()).await;
+                        continue;
+                    }
+                },
+            };
+            let route = match self.choose_route(&self.chooser(&view, work, room)) {
                 Ok(Some(route)) => Route { wire_codec: self.wire_codec, ..route },
                 Ok(None) if is_last_word => {
                     return Err(last_error.unwrap_or_else(|| ClientError::Incomplete(Box::new(view.incomplete()))));
@@ -273,7 +316,7 @@ impl Client {
                 Err(error) if is_last_word => return Err(last_error.unwrap_or(error.into())),
                 _ => {
                     if started.elapsed() < wait {
-                        tokio::time::sleep(LOOK_AGAIN).await;
+                        tokio::time::sleep(look_again()).await;
                     }
                     continue;
                 }
@@ -309,12 +352,13 @@ impl Client {
         Ok(hops.map(Route::new))
     }
 
-    /// Chooses among the peers of a view, for a session that may come to hold so many tokens.
+    /// Chooses among the peers of a view, for a session that needs room for so many tokens soon.
     pub(crate) fn chooser<'a>(&self, view: &'a SwarmView, work: Work, room: u64) -> Chooser<'a> {
         let spec = self.model.spec();
         // Of an f32 session it is half; what matters is how peers compare.
         let row_bytes = self.wire_codec.row_bytes(Dtype::Bf16, spec.hidden_size);
-        Chooser { view, work, row_bytes, room: room.min(spec.max_context as u64) }
+        let (work, legs) = (work.seen_as(self.route_mode), self.observer.known_legs());
+        Chooser { view, work, row_bytes, room, legs }
     }
 
     /// Leaves the swarm.

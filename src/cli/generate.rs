@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     client::{
-        Client, PeerRules,
+        Client, PeerRules, RouteMode,
         generation::{Conversation, Generation, GenerationOptions},
         local_model::{EdgesChoice, LocalModel, ModelIdentity},
         observer::Observer,
@@ -85,6 +85,10 @@ pub(super) struct RuleArgs {
     /// Don't use these peers.
     #[arg(long, value_name = "PEER_ID,…", value_delimiter = ',')]
     block_peers: Vec<PeerId>,
+    /// What the route is chosen for: latency (one token as soon as possible), throughput (as many tokens of long prompts a second as
+    /// possible), or auto, which goes by the work: a long prompt and what follows it by the time that both take.
+    #[arg(long, env = "HELION_ROUTE_MODE", value_name = "MODE", default_value_t = RouteMode::Auto)]
+    route_mode: RouteMode,
     /// How hidden states are packed on the wire: raw, or q8 (8-bit blockwise: half the bytes of bf16, and the tokens may differ
     /// from those of one machine). Only peers that speak it are used.
     #[arg(long, env = "HELION_WIRE_CODEC", value_name = "CODEC", default_value_t = WireCodec::Raw)]
@@ -99,7 +103,7 @@ impl RuleArgs {
             allow: self.allow_peers.iter().copied().collect(),
             block: self.block_peers.iter().copied().collect(),
         };
-        client.with_rules(rules).with_wire_codec(self.wire_codec)
+        client.with_rules(rules).with_route_mode(self.route_mode).with_wire_codec(self.wire_codec)
     }
 }
 

@@ -105,6 +105,13 @@ pub(super) struct ServeArgs {
     /// How long a step may wait for its turn and for cache, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = SessionSettings::default().step_deadline.as_secs(), value_parser = seconds(1))]
     step_deadline: u64,
+    /// How long a session may be without a step, seconds: what it holds is given back then. A chat whose user thinks for longer computes
+    /// it again.
+    #[arg(long, value_name = "SECONDS", default_value_t = SessionSettings::default().idle.as_secs(), value_parser = seconds(1))]
+    session_idle: u64,
+    /// How long a session outlives the connection to its client, seconds: one that comes back in time goes on where it was.
+    #[arg(long, value_name = "SECONDS", default_value_t = SessionSettings::default().reconnect_grace.as_secs(), value_parser = seconds(0))]
+    reconnect_grace: u64,
     /// What to keep in memory of what sessions sent on, bytes: it is told to the peer that takes a lost next hop's place.
     #[arg(long, value_name = "BYTES", default_value_t = SessionSettings::default().history_bytes)]
     history_bytes: usize,
@@ -289,6 +296,8 @@ async fn prepare(args: &ServeArgs) -> anyhow::Result<(ModelSource, NodeOptions, 
             max_sessions: args.max_sessions,
             step_deadline: Duration::from_secs(args.step_deadline),
             history_bytes: args.history_bytes,
+            idle: Duration::from_secs(args.session_idle),
+            reconnect_grace: Duration::from_secs(args.reconnect_grace),
             prefix_idle: Duration::from_secs(args.prefix_idle),
             ..SessionSettings::default()
         },

@@ -3,17 +3,17 @@
 use std::{
     collections::{HashMap, HashSet},
     ops::Range,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use libp2p::PeerId;
 
 use super::{
-    route::{self, Candidate},
+    route::{self, Candidate, Task},
     session::RouteHop,
     view::{PeerView, SwarmView},
 };
-use crate::swarm::announcement::Announcement;
+use crate::swarm::{announcement::Announcement, ticket::SessionLimits};
 
 /// A one-way delay that was not measured, seconds.
 const UNKNOWN_LINK_SECONDS: f64 = 1.0;
@@ -21,12 +21,57 @@ const UNKNOWN_LINK_SECONDS: f64 = 1.0;
 /// What passing a frame costs a hop besides the link's delay, seconds.
 const HOP_SECONDS: f64 = 3e-4;
 
-/// What a peer costs whose cache has no room for the whole session: it may have when it is needed, so it is used where there is
-/// nobody else, or all others are far worse.
+/// What a peer costs whose cache has no room for what the session needs soon: it may have when it is needed, so it is used where there
+/// is nobody else, or all others are far worse.
 const FULL_CACHE_SECONDS: f64 = 5.0;
+
+/// What a peer costs whose cache would just be filled; one with more room costs less, by the square: among equals, the one with more.
+const CROWDED_CACHE_SECONDS: f64 = 0.02;
+
+/// Tokens of each lane that have to find room soon, behind those that are there already. How long a session will get in the end nobody
+/// knows: a chat may, and seldom does, fill the model's context.
+const SOON_TOKENS: u64 = 512;
+
+/// Frames that a route for throughput is chosen for, and the rows of one, where the work has fewer.
+const MANY_FRAMES: usize = 32;
+const USUAL_CHUNK: usize = 128;
 
 /// From so many frames on a prompt is long enough for the links' bandwidth to be worth a measurement.
 const LONG_FRAMES: usize = 4;
+
+/// What a route is chosen for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RouteMode {
+    /// What the work is: a long prompt goes by throughput, token after token by latency, and both together by what they take.
+    #[default]
+    Auto,
+    /// One token as soon as possible, whatever the prompt takes.
+    Latency,
+    /// As many tokens a second as possible, of a long prompt, whatever a single one takes.
+    Throughput,
+}
+
+impl RouteMode {
+    /// As the command line names them.
+    pub const NAMES: [(&str, Self); 3] =
+        [("auto", Self::Auto), ("latency", Self::Latency), ("throughput", Self::Throughput)];
+}
+
+impl std::str::FromStr for RouteMode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let found = Self::NAMES.into_iter().find(|(name, _)| *name == text);
+        found.map(|(_, mode)| mode).ok_or_else(|| "the choices are auto, latency and throughput".to_owned())
+    }
+}
+
+impl std::fmt::Display for RouteMode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let name = Self::NAMES.into_iter().find(|(_, mode)| mode == self).map_or("auto", |(name, _)| name);
+        f.pad(name)
+    }
+}
 
 /// Which peers the user wants as hops.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -110,6 +155,18 @@ impl Work {
         Self { prompt: rows, chunk, tokens: 0 }
     }
 
+    /// As the user wants it looked at.
+    pub(crate) fn seen_as(self, mode: RouteMode) -> Self {
+        match mode {
+            RouteMode::Auto => self,
+            RouteMode::Latency => Self::DECODE,
+            RouteMode::Throughput => {
+                let chunk = if self.prompt > 0 { self.chunk.max(1) } else { USUAL_CHUNK };
+                Self::prompt(self.prompt.max(MANY_FRAMES * chunk), chunk)
+            }
+        }
+    }
+
     fn frames(&self) -> usize {
         self.prompt.div_ceil(self.chunk.max(1))
     }
@@ -120,14 +177,21 @@ impl Work {
     }
 }
 
+/// The room that a session needs soon which holds, or is going to hold, so many tokens.
+pub(crate) fn room_soon(tokens: usize, limits: &SessionLimits) -> u64 {
+    (tokens as u64).saturating_add(u64::from(limits.max_lanes).saturating_mul(SOON_TOKENS)).min(limits.max_tokens)
+}
+
 /// A choice among the peers of a view, for some work.
 pub(crate) struct Chooser<'a> {
     pub(crate) view: &'a SwarmView,
     pub(crate) work: Work,
     /// Bytes of a row on the wire.
     pub(crate) row_bytes: usize,
-    /// Tokens that the session may come to hold.
+    /// Tokens that the session needs room for soon.
     pub(crate) room: u64,
+    /// What is known of the delays between peers, as [`route::Task`] has it.
+    pub(crate) legs: HashMap<(PeerId, PeerId), f64>,
 }
 
 impl Chooser<'_> {
@@ -140,15 +204,16 @@ impl Chooser<'_> {
         let usable: Vec<&PeerView> = self.view.online().filter(|peer| may_be(peer)).collect();
         let now = Instant::now();
         let of_tokens: Vec<Candidate> = usable.iter().map(|peer| self.candidate(peer, 1, now)).collect();
-        let for_tokens = route::choose(blocks.clone(), &of_tokens, 1)?;
+        let token = self.task(blocks.clone(), &of_tokens, 1);
+        let mut hops = route::choose(&token)?.hops;
         let frames = self.work.frames();
-        let mut hops = for_tokens.hops;
         if frames > 1 {
             let rows = self.work.chunk.min(self.work.prompt);
             let of_frames: Vec<Candidate> = usable.iter().map(|peer| self.candidate(peer, rows, now)).collect();
-            let for_frames = route::choose(blocks, &of_frames, frames)?.hops;
+            let prompt = self.task(blocks, &of_frames, frames);
+            let for_frames = route::choose(&prompt)?.hops;
             let whole = |hops: &[route::Hop]| {
-                route::seconds(hops, &of_frames, frames) + self.work.tokens as f64 * route::seconds(hops, &of_tokens, 1)
+                route::seconds(&prompt, hops) + self.work.tokens as f64 * route::seconds(&token, hops)
             };
             if whole(&for_frames) < whole(&hops) {
                 hops = for_frames;
@@ -169,42 +234,73 @@ impl Chooser<'_> {
         are_new: impl Fn(&RouteHop) -> bool,
     ) -> (f64, f64) {
         let now = Instant::now();
-        let (mut token, mut replay) = (0.0, 0.0);
-        for hop in hops {
-            let Some(peer) = self.view.peers.iter().find(|peer| peer.announcement.peer_id == hop.announcement.peer_id)
-            else {
-                return (f64::INFINITY, f64::INFINITY);
-            };
-            let (one, all) = (self.candidate(peer, 1, now), self.candidate(peer, rows.max(1), now));
-            let seconds =
-                |of: &Candidate| of.link_seconds + of.transmission_seconds + of.block_seconds * hop.blocks.len() as f64;
-            token += seconds(&one);
-            if are_new(hop) {
-                replay += seconds(&all);
-            }
-        }
-        (token, replay)
+        let find =
+            |hop: &RouteHop| self.view.peers.iter().find(|peer| peer.announcement.peer_id == hop.announcement.peer_id);
+        let Some(peers) = hops.iter().map(find).collect::<Option<Vec<&PeerView>>>() else {
+            return (f64::INFINITY, f64::INFINITY);
+        };
+        let candidates: Vec<Candidate> = peers.iter().map(|peer| self.candidate(peer, 1, now)).collect();
+        let run: Vec<route::Hop> =
+            hops.iter().map(|hop| route::Hop { peer: hop.announcement.peer_id, blocks: hop.blocks.clone() }).collect();
+        let token = route::seconds(&self.task(0..self.view.blocks, &candidates, 1), &run);
+        let new = hops.iter().zip(peers).filter(|(hop, _)| are_new(hop));
+        let replay = new.map(|(hop, peer)| {
+            let candidate = self.candidate(peer, rows.max(1), now);
+            candidate.delay_seconds + candidate.first_seconds(hop.blocks.len())
+        });
+        (token, replay.sum())
+    }
+
+    fn task<'b>(&'b self, blocks: Range<usize>, candidates: &'b [Candidate], frames: usize) -> Task<'b> {
+        Task { blocks, candidates, frames, legs: &self.legs }
     }
 
     /// What is known of a peer, for frames of so many rows.
     fn candidate(&self, peer: &PeerView, rows: usize, now: Instant) -> Candidate {
-        let said = &peer.announcement;
+        let (said, speeds) = (&peer.announcement, &peer.speeds);
         let speed = said.compute_tokens_per_second * said.span.len() as f64;
         let announced = (speed > 0.0).then(|| 1.0 / speed);
-        let delay = peer.rtt.map_or(UNKNOWN_LINK_SECONDS, |rtt| rtt.as_secs_f64() / 2.0);
+        let load = speeds.load(now);
         // Each of the steps that wait there runs through its span.
-        let queue = peer.speeds.queue_seconds().unwrap_or_else(|| {
-            f64::from(said.queue) * said.span.len() as f64 * peer.speeds.block_seconds(1, announced)
-        });
-        let room = peer.speeds.cache_tokens_left(now).unwrap_or(said.cache_tokens_left);
+        let queue = f64::from(load.map_or(said.queue, |load| load.queue));
+        let queue_seconds = queue * said.span.len() as f64 * speeds.block_seconds(1, announced, now);
+        let room = load.map_or(said.cache_tokens_left, |load| load.cache_tokens_left);
         // Some nodes don't say how much they hold.
-        let is_full = said.cache_tokens_total > 0 && room < self.room;
+        let cache_seconds = if said.cache_tokens_total == 0 {
+            0.0
+        } else if room < self.room {
+            FULL_CACHE_SECONDS
+        } else {
+            CROWDED_CACHE_SECONDS * (self.room as f64 / room.max(1) as f64).powi(2)
+        };
         Candidate {
             peer: said.peer_id,
             span: said.span.clone(),
-            link_seconds: delay + HOP_SECONDS + queue + if is_full { FULL_CACHE_SECONDS } else { 0.0 },
-            transmission_seconds: peer.speeds.transmission_seconds(rows * self.row_bytes),
-            block_seconds: peer.speeds.block_seconds(rows, announced),
+            delay_seconds: delay_seconds(peer.rtt),
+            wait_seconds: HOP_SECONDS + speeds.wait_seconds(queue_seconds, now) + cache_seconds,
+            transmission_seconds: speeds.transmission_seconds(rows * self.row_bytes),
+            block_seconds: speeds.block_seconds(rows, announced, now),
         }
     }
 }
+
+/// The one-way delay to a peer, by its round trip.
+fn delay_seconds(rtt: Option<Duration>) -> f64 {
+    rtt.map_or(UNKNOWN_LINK_SECONDS, |rtt| rtt.as_secs_f64() / 2.0)
+}
+
+/// What the legs between the hops of a route took together, seconds, where a step alone in it took `step` and the hops `spent` of that;
+/// `None` where the legs of the client are not known.
+pub(crate) fn between_hops_seconds(step: Duration, spent: Duration, rtts: &[Option<Duration>]) -> Option<f64> {
+    let (Some(Some(first)), Some(Some(last))) = (rtts.first(), rtts.last()) else { return None };
+    let ends = (first.as_secs_f64() + last.as_secs_f64()) / 2.0;
+    Some((step.as_secs_f64() - spent.as_secs_f64() - ends - HOP_SECONDS * rtts.len() as f64).max(0.0))
+}
+
+/// What is supposed of the leg between two peers, seconds, by the round trips to them.
+pub(crate) fn supposed_leg_seconds(one: Option<Duration>, other: Option<Duration>) -> f64 {
+    route::supposed_leg_seconds(delay_seconds(one), delay_seconds(other))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,7 +1,7 @@
 //! Looking at a swarm without using it: who serves what, and how far away.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -14,9 +14,11 @@ use futures::{
 };
 use libp2p::PeerId;
 
-use super::{ClientError, inbox::Inbox, local_model::ModelIdentity, speeds::Speeds, view::SwarmView};
+use super::{
+    ClientError, choice, inbox::Inbox, legs::Legs, local_model::ModelIdentity, speeds::Speeds, view::SwarmView,
+};
 use crate::swarm::{
-    Swarm, SwarmConfig, WireCodec,
+    RpcError, Swarm, SwarmConfig, WireCodec,
     announcement::{Announcement, unix_ms},
     proto::rpc,
 };
@@ -92,6 +94,7 @@ pub struct Observer {
     codec: WireCodec,
     measured: Arc<Mutex<HashMap<PeerId, (Duration, Instant)>>>,
     speeds: Arc<Mutex<HashMap<PeerId, Speeds>>>,
+    legs: Arc<Mutex<Legs>>,
     known: Arc<Mutex<Known>>,
 }
 
@@ -102,6 +105,7 @@ struct Known {
     /// When they were last renewed.
     renewed: Option<Instant>,
     is_renewing: bool,
+    is_measuring_bandwidth: bool,
 }
 
 impl Observer {
@@ -129,6 +133,7 @@ impl Observer {
             codec,
             measured: Arc::default(),
             speeds: Arc::default(),
+            legs: Arc::default(),
             known: Arc::default(),
         }
     }
@@ -245,39 +250,75 @@ impl Observer {
     }
 
     /// Something was seen of a peer's speed.
-    pub(crate) fn learn(&self, peer: PeerId, learn: impl FnOnce(&mut Speeds)) {
+    pub(crate) fn learn(&self, peer: PeerId, learn: impl FnOnce(&mut Speeds, Instant)) {
+        let now = Instant::now();
         let mut speeds = self.speeds();
-        if speeds.len() < MOST_SPEEDS || speeds.contains_key(&peer) {
-            learn(speeds.entry(peer).or_default());
+        if speeds.len() >= MOST_SPEEDS && !speeds.contains_key(&peer) {
+            speeds.retain(|_, known| known.counts(now));
         }
+        if speeds.len() < MOST_SPEEDS || speeds.contains_key(&peer) {
+            learn(speeds.entry(peer).or_default(), now);
+        }
+    }
+
+    fn legs(&self) -> MutexGuard<'_, Legs> {
+        // Every change is one operation on a map.
+        self.legs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is known of the delays between peers, as [`route::Task`](super::route::Task) has it.
+    pub(crate) fn known_legs(&self) -> HashMap<(PeerId, PeerId), f64> {
+        self.legs().known(Instant::now())
+    }
+
+    /// A step that was alone on its route took so long, and the hops `spent` so much of it.
+    pub(crate) fn learn_legs(&self, hops: &[PeerId], step: Duration, spent: Duration) {
+        if hops.len() < 2 {
+            return;
+        }
+        let rtts: Vec<Option<Duration>> = hops.iter().map(|peer| self.rtt(*peer)).collect();
+        let Some(together) = choice::between_hops_seconds(step, spent, &rtts) else { return };
+        let rtt = |peer: PeerId| hops.iter().zip(&rtts).find(|(hop, _)| **hop == peer).and_then(|(_, rtt)| *rtt);
+        let suppose = |one, other| choice::supposed_leg_seconds(rtt(one), rtt(other));
+        self.legs().learn(hops, together, suppose, Instant::now());
     }
 
     /// Measures the bandwidth to the peers of the view to which it is not known, or to some of them: those that are near.
     pub(crate) async fn measure_bandwidth(&self, view: &mut SwarmView) {
-        let mut unknown: Vec<(Duration, Announcement)> = view
-            .peers
-            .iter()
-            .filter(|peer| !peer.speeds.knows_bandwidth())
-            .filter_map(|peer| Some((peer.rtt?, peer.announcement.clone())))
-            .collect();
-        unknown.sort_by_key(|(rtt, _)| *rtt);
-        let echoes = unknown.into_iter().take(ECHOES).map(|(rtt, peer)| self.measure_echo(rtt, peer));
-        // Whoever takes longer than that has a narrow link; what is known of it then is that the echo has not come.
-        let _ = tokio::time::timeout(PROBE_TIMEOUT, join_all(echoes)).await;
+        let unknown = unknown_bandwidths(view);
+        join_all(unknown.into_iter().map(|(rtt, peer)| self.measure_echo(rtt, peer))).await;
         self.fill_in_speeds(view);
+    }
+
+    /// The same for the next time, without waiting for it: what is waited for is somebody's first token.
+    pub(crate) fn measure_bandwidth_meanwhile(&self, view: &SwarmView) {
+        let unknown = unknown_bandwidths(view);
+        if unknown.is_empty() || std::mem::replace(&mut self.known().is_measuring_bandwidth, true) {
+            return;
+        }
+        let observer = self.clone();
+        tokio::spawn(async move {
+            join_all(unknown.into_iter().map(|(rtt, peer)| observer.measure_echo(rtt, peer))).await;
+            observer.known().is_measuring_bandwidth = false;
+        });
     }
 
     async fn measure_echo(&self, rtt: Duration, peer: Announcement) {
         let probe = rpc::ProbeRequest { payload: vec![0; ECHO_BYTES].into() };
         let request = rpc::Request { body: Some(rpc::request::Body::Probe(probe)) };
-        self.learn(peer.peer_id, |speeds| speeds.learn_echo(ECHO_BYTES, PROBE_TIMEOUT));
         let started = Instant::now();
-        if self.swarm.request(peer.peer_id, &peer.addresses, request, PROBE_TIMEOUT).await.is_ok() {
-            let later = started.elapsed().saturating_sub(rtt);
-            self.learn(peer.peer_id, |speeds| {
-                *speeds = speeds.without_bandwidth();
-                speeds.learn_echo(ECHO_BYTES, later);
-            });
+        let answer = self.swarm.request(peer.peer_id, &peer.addresses, request, PROBE_TIMEOUT).await;
+        let took = started.elapsed();
+        match answer {
+            Ok(_) => {
+                let later = took.saturating_sub(rtt);
+                self.learn(peer.peer_id, |speeds, now| speeds.learn_echo(ECHO_BYTES, later, now));
+            }
+            // Whoever takes longer than that has a narrow link, or one on which something else is under way.
+            Err(RpcError::Timeout { .. }) => {
+                self.learn(peer.peer_id, |speeds, now| speeds.learn_no_echo(ECHO_BYTES, took, now));
+            }
+            Err(error) => tracing::debug!(peer = %peer.peer_id, %error, "the bandwidth can't be measured"),
         }
     }
 
@@ -295,18 +336,25 @@ impl Observer {
         let mut view = self.empty_view();
         view.add(self.known().announcements.values().cloned());
         self.measure(&mut view, true).await;
+        view.leave_out_silent();
+        self.fill_in_speeds(&mut view);
         self.known().is_renewing = false;
+        self.measure_bandwidth_meanwhile(&view);
     }
 
-    /// Measures the round trip to every peer of the view, unless that was done a moment ago. With `impatient`, only until those
+    /// Measures the round trip to every peer of the view, unless that was done a moment ago and it is still connected. With `impatient`, only until those
     /// that answered cover the model, and a moment longer.
     pub async fn measure(&self, view: &mut SwarmView, impatient: bool) {
         let now = Instant::now();
+        let connected: HashSet<PeerId> = self.swarm.connected().into_iter().collect();
         let mut unknown = Vec::new();
         for peer in &mut view.peers {
+            let id = peer.announcement.peer_id;
             let known = self.measured.lock().unwrap_or_else(PoisonError::into_inner);
-            match known.get(&peer.announcement.peer_id) {
-                Some((rtt, at)) if impatient && now.duration_since(*at) < RTT_LIFETIME => peer.rtt = Some(*rtt),
+            match known.get(&id) {
+                Some((rtt, at)) if impatient && now.duration_since(*at) < RTT_LIFETIME && connected.contains(&id) => {
+                    peer.rtt = Some(*rtt);
+                }
                 _ => unknown.push(peer.announcement.clone()),
             }
         }
@@ -358,4 +406,18 @@ impl Observer {
         let started = Instant::now();
         (peer, ask().await.ok().map(|_| started.elapsed()))
     }
+}
+
+/// The peers of a view to which the bandwidth is not known, the nearest first; no more than are measured at a time.
+fn unknown_bandwidths(view: &SwarmView) -> Vec<(Duration, Announcement)> {
+    let now = Instant::now();
+    let mut unknown: Vec<(Duration, Announcement)> = view
+        .peers
+        .iter()
+        .filter(|peer| !peer.speeds.knows_bandwidth(now))
+        .filter_map(|peer| Some((peer.rtt?, peer.announcement.clone())))
+        .collect();
+    unknown.sort_by_key(|(rtt, _)| *rtt);
+    unknown.truncate(ECHOES);
+    unknown
 }

@@ -2,15 +2,20 @@
 //!
 //! Work goes through a route in frames: a decode token is one, a long prompt is some tens of them that follow each other. The first
 //! frame passes all hops one after the other, and each later one comes out as far behind it as the slowest hop is busy with one:
-//! `time = Σ (link + busy) + (frames − 1) · max busy`. One frame is the lowest latency, many are the highest throughput; the
+//! `time = Σ legs + Σ (wait + busy) + (frames − 1) · max busy`. One frame is the lowest latency, many are the highest throughput; the
 //! procedure is the same.
 //!
+//! The legs are from the client to the first hop, from hop to hop, and back from the last one. What the client measures is how far
+//! each peer is from itself, `d`; a leg between two peers is supposed to take `max(d₁, d₂)`, until steps have told what it takes. (By the
+//! ways through the client it takes from `|d₁ − d₂|` to `d₁ + d₂`. Less than the larger one, and a far hop would look nearer by
+//! going there through a near one.)
+//!
 //! It goes through the blocks from the last to the first and keeps, for every block, the ways to the end that no other way beats in
-//! both sum and slowest hop. That alone could enter a peer twice, which a session can't; where the best way does, it branches
-//! on where that peer runs (before, behind, or across the second entry) and takes the best of the branches. Time and clock are
-//! arguments; nothing here waits or asks.
+//! both sum and slowest hop, whoever comes in front. That alone could enter a peer twice, which a session can't; where the best way
+//! does, it branches on where that peer runs (before, behind, or across the second entry) and takes the best of the branches. Time and
+//! clock are arguments; nothing here waits or asks.
 
-use std::ops::Range;
+use std::{collections::HashMap, ops::Range};
 
 use libp2p::PeerId;
 
@@ -21,8 +26,10 @@ pub struct Candidate {
     pub peer: PeerId,
     /// The blocks it serves; a hop may run any part of them.
     pub span: Range<usize>,
-    /// What passing a frame to it costs however many follow, seconds: a one-way delay, and waiting for its turn.
-    pub link_seconds: f64,
+    /// The one-way delay between the client and it, seconds.
+    pub delay_seconds: f64,
+    /// What passing a frame to it costs besides, however many follow, seconds: waiting for its turn.
+    pub wait_seconds: f64,
     /// How long a frame keeps the link to it busy, seconds: its bytes over the bandwidth.
     pub transmission_seconds: f64,
     /// What one block costs it, seconds a frame.
@@ -35,10 +42,24 @@ impl Candidate {
         self.transmission_seconds.max(self.block_seconds * blocks as f64)
     }
 
-    /// What the first frame takes to pass it.
-    fn first_seconds(&self, blocks: usize) -> f64 {
-        self.link_seconds + self.transmission_seconds + self.block_seconds * blocks as f64
+    /// What the first frame takes there, without the legs to it and from it.
+    pub(super) fn first_seconds(&self, blocks: usize) -> f64 {
+        self.wait_seconds + self.transmission_seconds + self.block_seconds * blocks as f64
     }
+}
+
+/// What a route is wanted for. It begins and ends at the client; for a gap between other hops, these are supposed to be as far from the
+/// candidates as the client is.
+#[derive(Debug, Clone)]
+pub struct Task<'a> {
+    /// What it has to run.
+    pub blocks: Range<usize>,
+    /// Who could.
+    pub candidates: &'a [Candidate],
+    /// At least one.
+    pub frames: usize,
+    /// One-way delays between peers, seconds, where they are known; each pair once.
+    pub legs: &'a HashMap<(PeerId, PeerId), f64>,
 }
 
 /// One hop of a route.
@@ -72,14 +93,16 @@ const WAYS: usize = 6;
 /// Once so many ways are weighed, no more branches are looked into where a peer would be entered twice: its entries are joined.
 const MOST_WEIGHED: usize = 300_000;
 
-/// The fastest route through `blocks` for so many frames (at least one), or `None` where the candidates don't cover them.
+/// The fastest route for a task, or `None` where the candidates don't cover its blocks.
 ///
 /// A single frame enters and leaves spans only where some span starts or ends: a cut elsewhere never pays, as block times are
-/// linear. With several, a cut anywhere may even out the hops.
-pub fn choose(blocks: Range<usize>, candidates: &[Candidate], frames: usize) -> Option<Choice> {
-    let later_frames = frames.saturating_sub(1) as f64;
-    let all: Vec<Runner<'_>> = promising(&blocks, candidates, later_frames).into_iter().map(Runner::of).collect();
-    let search = Search { blocks, later_frames, is_rough: candidates.len() > WEIGH_ALL };
+/// linear. With several, a cut anywhere may even out the hops; and where legs are known, a hop between two others may be worth a block.
+pub fn choose(task: &Task<'_>) -> Option<Choice> {
+    let later_frames = task.frames.saturating_sub(1) as f64;
+    let promising = promising(&task.blocks, task.candidates, later_frames);
+    let legs = KnownLegs::among(&promising, task.legs);
+    let all: Vec<Runner<'_>> = promising.into_iter().map(Runner::of).collect();
+    let search = Search { task, later_frames, is_rough: task.candidates.len() > WEIGH_ALL, legs };
     let mut weighed = 0;
     let mut best: Option<(f64, Vec<Hop>)> = None;
     // Branches with the best that their ways may come to: none that is entered twice is as good as that.
@@ -95,7 +118,7 @@ pub fn choose(blocks: Range<usize>, candidates: &[Candidate], frames: usize) -> 
             break;
         };
         let joined = join(way.hops);
-        let seconds = search.seconds(&joined, candidates);
+        let seconds = seconds(task, &joined);
         if best.as_ref().is_none_or(|(known, _)| seconds < *known) {
             best = Some((seconds, joined));
         }
@@ -113,10 +136,72 @@ pub fn choose(blocks: Range<usize>, candidates: &[Candidate], frames: usize) -> 
     best.map(|(seconds, hops)| Choice { hops, seconds, weighed })
 }
 
-/// What a route takes, its hops being among the candidates; infinity where one is not.
-pub fn seconds(hops: &[Hop], candidates: &[Candidate], frames: usize) -> f64 {
-    let later_frames = frames.saturating_sub(1) as f64;
-    Search { blocks: 0..0, later_frames, is_rough: true }.seconds(hops, candidates)
+/// What a route takes, its hops being among the task's candidates; infinity where one is not.
+pub fn seconds(task: &Task<'_>, hops: &[Hop]) -> f64 {
+    let (mut sum, mut slowest) = (0.0, 0f64);
+    let mut before: Option<&Candidate> = None;
+    for hop in hops {
+        let Some(candidate) = task.candidates.iter().find(|candidate| candidate.peer == hop.peer) else {
+            return f64::INFINITY;
+        };
+        sum += before.map_or(candidate.delay_seconds, |before| leg_seconds(before, candidate, task.legs));
+        sum += candidate.first_seconds(hop.blocks.len());
+        slowest = slowest.max(candidate.busy_seconds(hop.blocks.len()));
+        before = Some(candidate);
+    }
+    sum += before.map_or(0.0, |last| last.delay_seconds);
+    sum + task.frames.saturating_sub(1) as f64 * slowest
+}
+
+/// A leg between two peers: as it is known, or supposed.
+fn leg_seconds(one: &Candidate, other: &Candidate, legs: &HashMap<(PeerId, PeerId), f64>) -> f64 {
+    let known = legs.get(&(one.peer, other.peer)).or_else(|| legs.get(&(other.peer, one.peer)));
+    known.copied().unwrap_or_else(|| supposed_leg_seconds(one.delay_seconds, other.delay_seconds))
+}
+
+/// What a leg is supposed to take between two peers that are so far from the client, seconds.
+pub(super) fn supposed_leg_seconds(one: f64, other: f64) -> f64 {
+    one.max(other)
+}
+
+/// The legs that are known between candidates, by their numbers.
+#[derive(Default)]
+struct KnownLegs {
+    /// Of each candidate: to whom, and how many seconds more than is supposed.
+    of: Vec<Vec<(usize, f64)>>,
+    /// The least and the most of these, and of none.
+    bounds: Vec<(f64, f64)>,
+    are_there: bool,
+}
+
+impl KnownLegs {
+    fn among(candidates: &[&Candidate], legs: &HashMap<(PeerId, PeerId), f64>) -> Self {
+        let mut known = Self {
+            of: vec![Vec::new(); candidates.len()],
+            bounds: vec![(0.0, 0.0); candidates.len()],
+            are_there: false,
+        };
+        if legs.is_empty() {
+            return known;
+        }
+        let numbers: HashMap<PeerId, usize> =
+            candidates.iter().enumerate().map(|(number, candidate)| (candidate.peer, number)).collect();
+        for (pair, seconds) in legs {
+            let (Some(&one), Some(&other)) = (numbers.get(&pair.0), numbers.get(&pair.1)) else { continue };
+            let supposed = supposed_leg_seconds(candidates[one].delay_seconds, candidates[other].delay_seconds);
+            for (from, to) in [(one, other), (other, one)] {
+                known.of[from].push((to, seconds - supposed));
+                let (least, most) = &mut known.bounds[from];
+                (*least, *most) = (least.min(seconds - supposed), most.max(seconds - supposed));
+            }
+            known.are_there = true;
+        }
+        known
+    }
+
+    fn difference(&self, from: usize, to: usize) -> f64 {
+        self.of[from].iter().find(|(other, _)| *other == to).map_or(0.0, |(_, difference)| *difference)
+    }
 }
 
 /// The candidates that are worth weighing, in their order.
@@ -127,7 +212,8 @@ fn promising<'a>(blocks: &Range<usize>, candidates: &'a [Candidate], later_frame
     // What a block would take if all were run by such a peer, over its whole span.
     let merit = |candidate: &Candidate| {
         let length = candidate.span.len().max(1);
-        (candidate.first_seconds(length)
+        (candidate.delay_seconds
+            + candidate.first_seconds(length)
             + later_frames * (candidate.block_seconds * length as f64 + candidate.transmission_seconds))
             / length as f64
     };
@@ -190,7 +276,10 @@ impl<'a> Runner<'a> {
 /// A way from a block to the end.
 #[derive(Debug, Clone, Copy)]
 struct Way {
+    /// Without the leg to its first hop.
     sum: f64,
+    /// How far its first hop is from the client, seconds.
+    delay: f64,
     slowest: f64,
     /// Who runs its first blocks, up to which boundary, and which of the ways from there it goes on with; none at the end.
     first: Option<(usize, usize, usize)>,
@@ -201,32 +290,21 @@ struct Found {
     seconds: f64,
 }
 
-struct Search {
-    blocks: Range<usize>,
+struct Search<'a> {
+    task: &'a Task<'a>,
     later_frames: f64,
     /// Keeps only [`WAYS`] ways, none of which enters a peer twice: nothing is left to branch on, and the best may be missed.
     is_rough: bool,
+    legs: KnownLegs,
 }
 
-impl Search {
-    fn seconds(&self, hops: &[Hop], candidates: &[Candidate]) -> f64 {
-        let (mut sum, mut slowest) = (0.0, 0f64);
-        for hop in hops {
-            let Some(candidate) = candidates.iter().find(|candidate| candidate.peer == hop.peer) else {
-                return f64::INFINITY;
-            };
-            sum += candidate.first_seconds(hop.blocks.len());
-            slowest = slowest.max(candidate.busy_seconds(hop.blocks.len()));
-        }
-        sum + self.later_frames * slowest
-    }
-
+impl Search<'_> {
     /// The fastest way, which may enter a peer twice.
     fn fastest(&self, runners: &[Runner<'_>], weighed: &mut usize) -> Option<Found> {
         let boundaries = self.boundaries(runners);
         let last = boundaries.len() - 1;
         let mut ways: Vec<Vec<Way>> = vec![Vec::new(); boundaries.len()];
-        ways[last].push(Way { sum: 0.0, slowest: 0.0, first: None });
+        ways[last].push(Way { sum: 0.0, delay: 0.0, slowest: 0.0, first: None });
         for from in (0..last).rev() {
             let mut found = Vec::new();
             for (index, runner) in runners.iter().enumerate() {
@@ -241,21 +319,25 @@ impl Search {
                     if ways[to].is_empty() || !runner.may_run(&run) {
                         continue;
                     }
-                    let (first, busy) =
-                        (runner.candidate.first_seconds(run.len()), runner.candidate.busy_seconds(run.len()));
+                    let delay = runner.candidate.delay_seconds;
+                    let first = runner.candidate.first_seconds(run.len());
+                    let busy = runner.candidate.busy_seconds(run.len());
                     *weighed += ways[to].len();
                     for (rest, way) in ways[to].iter().enumerate() {
                         if self.is_rough && runs_in(&ways, way, index) {
                             continue;
                         }
-                        let (sum, slowest) = (first + way.sum, busy.max(way.slowest));
-                        self.keep(&mut found, Way { sum, slowest, first: Some((index, to, rest)) });
+                        let leg = way.first.map_or(delay, |(next, ..)| {
+                            supposed_leg_seconds(delay, way.delay) + self.legs.difference(index, next)
+                        });
+                        let (sum, slowest) = (first + leg + way.sum, busy.max(way.slowest));
+                        self.keep(&mut found, Way { sum, delay, slowest, first: Some((index, to, rest)) });
                     }
                 }
             }
             ways[from] = found;
         }
-        let total = |way: &Way| way.sum + self.later_frames * way.slowest;
+        let total = |way: &Way| way.delay + way.sum + self.later_frames * way.slowest;
         let mut way = *ways[0].iter().min_by(|a, b| total(a).total_cmp(&total(b)))?;
         let seconds = total(&way);
         let (mut hops, mut at): (Vec<Hop>, usize) = (Vec::new(), 0);
@@ -267,13 +349,14 @@ impl Search {
     }
 
     fn boundaries(&self, runners: &[Runner<'_>]) -> Vec<usize> {
-        if self.later_frames > 0.0 {
-            return (self.blocks.start..=self.blocks.end).collect();
+        let blocks = &self.task.blocks;
+        if self.later_frames > 0.0 || (self.legs.are_there && !self.is_rough) {
+            return (blocks.start..=blocks.end).collect();
         }
         let of = |runner: &Runner<'_>| [runner.span.start, runner.span.end].into_iter().chain(runner.across.clone());
         let mut boundaries: Vec<usize> = runners.iter().flat_map(of).collect();
-        boundaries.extend([self.blocks.start, self.blocks.end]);
-        boundaries.retain(|boundary| (self.blocks.start..=self.blocks.end).contains(boundary));
+        boundaries.extend([blocks.start, blocks.end]);
+        boundaries.retain(|boundary| (blocks.start..=blocks.end).contains(boundary));
         boundaries.sort_unstable();
         boundaries.dedup();
         boundaries
@@ -281,14 +364,22 @@ impl Search {
 
     /// Keeps a way, unless another one is as good in both respects; where there are many, those with the least in all.
     fn keep(&self, ways: &mut Vec<Way>, new: Way) {
-        let is_as_good = |a: &Way, b: &Way| a.sum <= b.sum && (self.later_frames == 0.0 || a.slowest <= b.slowest);
+        // Whoever comes in front may be nearer to the one than to the other: by what their delays differ, or by what is known of legs.
+        let number = |way: &Way| way.first.map(|(runner, ..)| runner);
+        let bounds = |way: &Way| number(way).map_or((0.0, 0.0), |runner| self.legs.bounds[runner]);
+        let is_as_near = |a: &Way, b: &Way| {
+            let farther = (a.delay - b.delay).max(0.0);
+            let known = if number(a) == number(b) { 0.0 } else { bounds(a).1 - bounds(b).0 };
+            a.sum + farther + known <= b.sum
+        };
+        let is_as_good = |a: &Way, b: &Way| is_as_near(a, b) && (self.later_frames == 0.0 || a.slowest <= b.slowest);
         if ways.iter().any(|way| is_as_good(way, &new)) {
             return;
         }
         ways.retain(|way| !is_as_good(&new, way));
         ways.push(new);
         if self.is_rough && ways.len() > WAYS {
-            let total = |way: &Way| way.sum + self.later_frames * way.slowest;
+            let total = |way: &Way| way.delay + way.sum + self.later_frames * way.slowest;
             let worst = (0..ways.len()).max_by(|a, b| total(&ways[*a]).total_cmp(&total(&ways[*b])));
             worst.map(|worst| ways.swap_remove(worst));
         }

@@ -34,8 +34,9 @@ use self::{
 };
 use super::{
     Client,
+    choice::room_soon,
     inbox::{Event, Mailbox},
-    speeds::HopStep,
+    speeds::{HopStep, Load},
 };
 use crate::{
     engine::{HiddenStates, LaneRun},
@@ -475,6 +476,8 @@ impl Session {
         };
         let number = sent.header.number;
         let rows = sent.input.count();
+        // One that shared the route with others, or was sent again, says nothing of the links.
+        let alone = (self.sent.len() == 1 && sent.at >= self.last_answer).then(|| sent.at.elapsed());
         if let Some(run) = sent.header.lanes.iter().find(|run| run.lane == 0) {
             self.prefix.is_filled(&self.client, &self.hops, (run.position + u64::from(run.tokens)) as usize);
         }
@@ -487,25 +490,36 @@ impl Session {
         self.last_answer = Instant::now();
         let micros = |us: u32| Duration::from_micros(u64::from(us));
         let times: Vec<_> = output.times.iter().map(|time| (micros(time.queue_us), micros(time.compute_us))).collect();
-        self.learn_times(rows, &times);
+        self.learn_times((rows, alone), &times);
         Ok(Some(StepAnswer { number, hidden, times }))
     }
 
-    /// What a step took at each hop is what the next route is chosen by.
-    fn learn_times(&self, rows: usize, times: &[(Duration, Duration)]) {
+    /// What a step took at each hop, and on its way if it was alone there, is what the next route is chosen by.
+    fn learn_times(&self, (rows, alone): (usize, Option<Duration>), times: &[(Duration, Duration)]) {
         // A step without rows says nothing of a hop's speed.
         if times.len() != self.hops.len() || rows == 0 {
             return;
         }
+        let observer = self.client.observer();
         for (hop, &(queued, computed)) in self.hops.iter().zip(times) {
             let step = HopStep { rows, blocks: hop.blocks.len(), queued, computed };
-            self.client.observer().learn(hop.peer, |speeds| speeds.learn_step(step));
+            observer.learn(hop.peer, |speeds, now| speeds.learn_step(step, now));
+        }
+        // A larger frame takes time that is not the links' delay.
+        if let (1, Some(took)) = (rows, alone) {
+            let hops: Vec<PeerId> = self.hops.iter().map(|hop| hop.peer).collect();
+            observer.learn_legs(&hops, took, times.iter().map(|(queued, computed)| *queued + *computed).sum());
         }
     }
 
     fn learn_load(&self, peer: PeerId, opened: &proto::Opened) {
-        let now = Instant::now();
-        self.client.observer().learn(peer, |speeds| speeds.learn_load(opened.cache_tokens_left, now));
+        let load = Load { cache_tokens_left: opened.cache_tokens_left, queue: opened.queue };
+        self.client.observer().learn(peer, |speeds, now| speeds.learn_load(load, now));
+    }
+
+    /// Tokens that a hop of this session needs room for soon.
+    fn room_soon(&self) -> u64 {
+        room_soon(self.history.count(), &self.limits)
     }
 
     /// Turns faults and lost links of this session's hops into errors; lets their other frames through.

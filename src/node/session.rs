@@ -468,6 +468,12 @@ impl HopSession {
         (!is_busy && now.duration_since(inner.last_used) > idle).then_some("it was idle for too long")
     }
 
+    /// How long nothing was computed.
+    pub(crate) fn has_rested(&self, now: Instant) -> Duration {
+        let inner = self.lock();
+        if inner.log.is_running() { Duration::ZERO } else { now.saturating_duration_since(inner.last_used) }
+    }
+
     /// Ends the session: a step under way is thrown away.
     pub(crate) fn close(&self) {
         self.cancelled.store(true, Ordering::Relaxed);

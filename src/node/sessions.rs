@@ -18,7 +18,7 @@ use std::{
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use libp2p::PeerId;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 pub use super::settings::SessionSettings;
@@ -83,6 +83,9 @@ struct EarlyStep {
     _permit: HeldPermit,
 }
 
+/// The right to be handed over now, by session.
+type Turns = HashMap<SessionId, OwnedSemaphorePermit>;
+
 /// A node's sessions. See the module's docs.
 pub struct Sessions {
     settings: SessionSettings,
@@ -98,7 +101,9 @@ pub struct Sessions {
     steps: AtomicU64,
     refused: AtomicU64,
     /// How many may be handed over beside those that are.
-    handing: Semaphore,
+    handing: Arc<Semaphore>,
+    /// Sessions whose turn to be handed over it is, and whose clients have not said yet to whom.
+    turns: Mutex<Turns>,
     /// A session ended.
     ended: Notify,
     /// The node's owner asked it to leave.
@@ -121,7 +126,8 @@ impl Sessions {
             sessions: Mutex::default(),
             steps: AtomicU64::new(0),
             refused: AtomicU64::new(0),
-            handing: Semaphore::new(leaving::HAND_OVER_AT_A_TIME),
+            handing: Arc::new(Semaphore::new(leaving::HAND_OVER_AT_A_TIME)),
+            turns: Mutex::default(),
             ended: Notify::new(),
             drain: CancellationToken::new(),
         })

@@ -29,6 +29,44 @@ use crate::{
 /// How long a hop that could not be left is stayed with before that is tried again: a look at the swarm costs a moment.
 const TRY_AGAIN: Duration = Duration::from_secs(10);
 
+/// However well it goes on: the leaving hop goes in the end, and a route that is told anew takes less than this.
+const LONGEST: Duration = Duration::from_secs(600);
+
+/// How far a hand-over is. What counts is that it goes on: a long context takes its time on a narrow link, and would take as long
+/// again if it were computed anew.
+struct Progress {
+    begun: Instant,
+    moved: Instant,
+    /// Parts that the replacement has taken; `None` before the first.
+    taken: Option<u32>,
+    /// For so long nothing need happen.
+    within: Duration,
+}
+
+impl Progress {
+    fn new(now: Instant, within: Duration) -> Self {
+        Self { begun: now, moved: now, taken: None, within }
+    }
+
+    /// The replacement has a part. One that says the same again says nothing.
+    fn has_taken(&mut self, part: u32, now: Instant) {
+        if self.taken.is_none_or(|taken| part > taken) {
+            (self.taken, self.moved) = (Some(part), now);
+        }
+    }
+
+    /// The hop that leaves has others to hand over first.
+    fn is_waiting(&mut self, now: Instant) {
+        if self.taken.is_none() {
+            self.moved = now;
+        }
+    }
+
+    fn has_stopped(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.moved) >= self.within || now.saturating_duration_since(self.begun) >= LONGEST
+    }
+}
+
 /// What a session knows of hops that leave.
 #[derive(Default)]
 pub(super) struct Handing {
@@ -132,6 +170,7 @@ impl Session {
         };
         let Some(to) = self.successor(index, look).await else { return Ok(false) };
         let (replacement, old) = (to.announcement.peer_id, self.route().hops);
+        let begun = Instant::now();
         let error = match self.change_hop(index, to).await {
             Ok(opened) => {
                 self.handing.handed_over = Some(leaving);
@@ -144,6 +183,7 @@ impl Session {
             Err(error) => error,
         };
         tracing::info!(session = %self.id, "{leaving} could not hand the session over to {replacement}: {error}");
+        self.repairs.spare(begun.elapsed());
         if let Some((hop, _)) = self.handing.under_way.take() {
             let replacement = mem::replace(&mut self.hops[index], hop);
             // Where it is lost, there is nobody to be told.
@@ -173,7 +213,7 @@ impl Session {
 
     fn successor_in(&self, view: &SwarmView, index: usize) -> Option<RouteHop> {
         let hop = &self.hops[index];
-        let chooser = self.client.chooser(view, Work::DECODE, self.limits.max_tokens);
+        let chooser = self.client.chooser(view, Work::DECODE, self.room_soon());
         let now = Instant::now();
         let found = chooser.fastest(hop.blocks.clone(), |peer| {
             let said = &peer.announcement;
@@ -214,13 +254,13 @@ impl Session {
         Ok(opened)
     }
 
-    /// Waits until the replacement has the session. Both have to live all the while, and to be done in half of the time after which
-    /// a repair is given up.
+    /// Waits until the replacement has the session. Both have to live all the while, and something has to go on: nothing may take
+    /// half of the time after which a repair is given up.
     async fn wait_for_take_over(&mut self, replacement: PeerId) -> Result<proto::Opened, SessionError> {
         let patience = self.client.patience();
-        let begun = Instant::now();
+        let mut progress = Progress::new(Instant::now(), patience.recovery / 2);
         let mut asked = None;
-        let mut next_look = begun + patience.overdue;
+        let mut next_look = progress.begun + patience.overdue;
         loop {
             let event = tokio::time::timeout_at(next_look.into(), self.mailbox.next()).await;
             let Some(leaving) = self.handing.leaving() else {
@@ -235,6 +275,11 @@ impl Session {
                 {
                     return Err(refused(leaving, not.code(), &not.message));
                 }
+                Ok(Event::Frame { from, epoch, body: proto::frame::Body::TakenOver(_), .. })
+                    if from == leaving.peer && epoch.checked_add(1) == Some(self.epoch) =>
+                {
+                    progress.is_waiting(Instant::now());
+                }
                 // Faults of other kinds are of the route that was left; but this one says that it doesn't know the session.
                 Ok(Event::Frame { from, body: proto::frame::Body::Fault(fault), .. })
                     if from == leaving.peer && fault.code() == proto::Code::UnknownSession =>
@@ -245,6 +290,9 @@ impl Session {
                     Some((from, proto::frame::Body::Opened(opened), _)) if from == replacement && !opened.filling => {
                         return Ok(opened);
                     }
+                    Some((from, proto::frame::Body::TakenOver(taken), _)) if from == replacement => {
+                        progress.has_taken(taken.index, Instant::now());
+                    }
                     _ => {}
                 },
                 Err(_) => {
@@ -254,12 +302,14 @@ impl Session {
                     if let Some(hop) = silent {
                         return Err(lost(hop, "it does not answer".to_owned(), true));
                     }
-                    // Whichever of them is to blame, only the one that stays could be chosen again.
-                    if begun.elapsed() >= patience.recovery / 2
-                        && let Some(replacement) = both.last()
-                    {
-                        let why = format!("the hand-over did not end within {:.1} s", begun.elapsed().as_secs_f64());
-                        return Err(lost(replacement, why, true));
+                    if progress.has_stopped(Instant::now()) {
+                        let took = progress.begun.elapsed().as_secs_f64();
+                        let why = format!("the hand-over did not go on, and not end within {took:.1} s");
+                        // Of one that never took anything nothing good is known; else only the one that stays could be chosen again.
+                        let blamed = if progress.taken.is_none() { both.last() } else { both.first() };
+                        if let Some(hop) = blamed {
+                            return Err(lost(hop, why, true));
+                        }
                     }
                     for hop in both {
                         self.send_to(hop, proto::frame::Body::Ping(proto::Ping { nonce: 0 }), Bytes::new())?;
@@ -329,5 +379,34 @@ fn refused(hop: &HopLink, code: proto::Code, message: &str) -> SessionError {
         blame: proto::Blame::Nobody,
         maybe_applied: false,
         message: crate::swarm::clean(message),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hand_over_may_take_its_time_as_long_as_it_goes_on() {
+        let (begun, second) = (Instant::now(), Duration::from_secs(1));
+        let mut progress = Progress::new(begun, 15 * second);
+        assert!(!progress.has_stopped(begun + 14 * second) && progress.has_stopped(begun + 15 * second));
+        // First it waits for its turn, then its parts come slowly.
+        for at in 1..=20 {
+            progress.is_waiting(begun + at * second);
+        }
+        for part in 0..10 {
+            progress.has_taken(part, begun + (30 + 10 * part) * second);
+        }
+        let last = begun + 120 * second;
+        assert!(!progress.has_stopped(last + 14 * second) && progress.has_stopped(last + 15 * second));
+        // Nothing new is no progress, and nobody waits for a turn that it had.
+        progress.has_taken(9, last + 10 * second);
+        progress.is_waiting(last + 10 * second);
+        assert!(progress.has_stopped(last + 15 * second));
+        for part in 10..100 {
+            progress.has_taken(part, begun + (120 + 5 * part) * second);
+        }
+        assert!(progress.has_stopped(begun + LONGEST), "there is an end to it");
     }
 }

@@ -87,7 +87,7 @@ impl Session {
     fn best_route(&self, now: Instant) -> Option<(Vec<RouteHop>, Offer)> {
         let client = &self.client;
         let view = client.observer().recent()?;
-        let chooser = client.chooser(&view, Work::DECODE, self.limits.max_tokens);
+        let chooser = client.chooser(&view, Work::DECODE, self.room_soon());
         let here: Vec<RouteHop> = self.route().hops;
         let is_here = |hop: &RouteHop| {
             here.iter().any(|old| (old.announcement.peer_id, &old.blocks) == (hop.announcement.peer_id, &hop.blocks))

@@ -55,6 +55,31 @@ impl HopLink {
             Err(source) => Err(SessionError::Unreachable { peer, blocks, source }),
         }
     }
+
+    /// As [`HopLink::connect`], to all hops of a route at once.
+    ///
+    /// # Errors
+    /// Of the first that can't be reached. The client is told of the others: peers that were lost together are not to be found out
+    /// about one by one.
+    pub(super) async fn connect_all(
+        client: &Client,
+        hops: &[RouteHop],
+        within: Duration,
+    ) -> Result<Vec<Self>, SessionError> {
+        let links = hops.iter().map(|hop| Self::connect(client.swarm().clone(), hop.clone(), within));
+        let (mut linked, mut first_error) = (Vec::new(), None);
+        for link in future::join_all(links).await {
+            match link {
+                Ok(link) => linked.push(link),
+                Err(error) if first_error.is_none() => first_error = Some(error),
+                Err(error) => {
+                    tracing::warn!(%error, "another hop is gone");
+                    error.peer_to_avoid().into_iter().for_each(|peer| client.failed(peer));
+                }
+            }
+        }
+        first_error.map_or(Ok(linked), Err)
+    }
 }
 
 impl Session {
@@ -71,8 +96,7 @@ impl Session {
         prompt: Option<Prompt<'_>>,
     ) -> Result<Self, SessionError> {
         let within = client.patience().opening;
-        let links = route.hops.iter().map(|hop| HopLink::connect(client.swarm().clone(), hop.clone(), within));
-        let hops = future::try_join_all(links).await?;
+        let hops = HopLink::connect_all(client, &route.hops, within).await?;
         let id = SessionId::random();
         let unopened = hops.iter().map(|hop| hop.peer).collect();
         let mut session = Self {
@@ -165,9 +189,15 @@ impl Session {
                     continue;
                 }
                 let why = format!("it did not open the session within {:.0} s", asked.elapsed().as_secs_f64());
-                return Err(self.silent(dead.copied().unwrap_or(first).peer, why));
+                let lost = dead.copied().unwrap_or(first).peer;
+                // Those that froze together are not to be found out about one by one.
+                let silent: Vec<PeerId> =
+                    waiting.iter().filter(|hop| !shows_life(&hop.link, asked)).map(|hop| hop.peer).collect();
+                silent.into_iter().filter(|peer| *peer != lost).for_each(|peer| self.give_up_on(peer));
+                return Err(self.silent(lost, why));
             };
             if let Some((from, proto::frame::Body::Opened(answer), _)) = self.sift_in_turn(event)? {
+                self.learn_load(from, &answer);
                 opened.insert(from, answer);
             }
         }

@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     client::{
-        ClientError, Work,
+        ClientError, Work, look_again,
         view::{Incomplete, SwarmView},
     },
     swarm::{announcement::Announcement, history::Cursor, proto::session as proto},
@@ -40,9 +40,6 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 
 /// No pause is longer: a peer that comes back should not wait for long.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-
-/// How often the swarm is looked up for a peer that could take a lost one's place.
-const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// Parts of a replay that are sent before the first of them is computed, as hops do it.
 const PARTS_AHEAD: u32 = 4;
@@ -70,6 +67,8 @@ pub(super) struct Repairs {
     attempts: u32,
     /// When the first of these began.
     since: Option<Instant>,
+    /// How much of the time since then does not count against the patience.
+    spared: Duration,
     /// Peers of the route that are not to be used any more; until the next answer.
     lost: HashSet<PeerId>,
     /// Peers whose connection was lost once since the last answer.
@@ -87,6 +86,7 @@ impl Repairs {
         Self {
             attempts: 0,
             since: None,
+            spared: Duration::ZERO,
             lost: HashSet::new(),
             shaky: HashSet::new(),
             suspect: None,
@@ -94,6 +94,11 @@ impl Repairs {
             done: Vec::new(),
             is_exact,
         }
+    }
+
+    /// So much of the time of a repair was a hand-over's, which has bounds of its own.
+    pub(super) fn spare(&mut self, took: Duration) {
+        self.spared += took;
     }
 }
 
@@ -160,7 +165,7 @@ impl Session {
             self.repairs.done.push(recovery);
         }
         self.repairs.attempts = 0;
-        self.repairs.since = None;
+        (self.repairs.since, self.repairs.spared) = (None, Duration::ZERO);
         self.repairs.lost.clear();
         self.repairs.shaky.clear();
         self.repairs.suspect = None;
@@ -216,14 +221,15 @@ impl Session {
             let pause = match &incomplete {
                 // What is known of the swarm was not enough: it is looked up at once.
                 Some(_) if !is_looked_up => Duration::ZERO,
-                Some(_) => LOOK_AGAIN,
+                Some(_) => look_again(),
                 None if self.repairs.attempts == 1 => Duration::ZERO,
                 None => pause(self.repairs.attempts),
             };
             // Waiting for a peer is nobody's failure.
             self.repairs.attempts -= u32::from(incomplete.is_some());
             is_looked_up = true;
-            if since.elapsed() + pause >= patience.recovery || self.repairs.attempts >= MOST_ATTEMPTS {
+            let counted = since.elapsed().saturating_sub(self.repairs.spared);
+            if counted + pause >= patience.recovery || self.repairs.attempts >= MOST_ATTEMPTS {
                 let waited = since.elapsed();
                 return Err(SessionError::NotRepaired { lost: Box::new(cause), why, incomplete, waited });
             }
@@ -266,8 +272,7 @@ impl Session {
         lost: Option<&[RouteHop]>,
     ) -> Result<(), SessionError> {
         let within = self.client.patience().overdue + self.client.patience().pong;
-        let links = hops.iter().map(|hop| HopLink::connect(self.client.swarm().clone(), hop.clone(), within));
-        let links = future::try_join_all(links).await?;
+        let links = HopLink::connect_all(&self.client, &hops, within).await?;
 
         self.close_what_is_left(&hops);
         self.hops = links;
@@ -352,7 +357,7 @@ impl Session {
     async fn replacements(&self, cause: &SessionError, look: bool) -> Result<Vec<RouteHop>, Failed> {
         let client = &self.client;
         let mut view = client.view(look).await.map_err(Failed::LookUp)?;
-        let room = self.limits.max_tokens;
+        let room = self.room_soon();
         let (now, tokens) = (Instant::now(), self.history.count() as u64);
         let lost = |peer: PeerId| self.repairs.lost.contains(&peer);
         // Some nodes don't say how much they hold.
@@ -397,7 +402,7 @@ impl Session {
                 continue;
             }
             let gap = run[0].blocks.start..run[run.len() - 1].blocks.end;
-            let chooser = self.client.chooser(view, Work::DECODE, self.limits.max_tokens);
+            let chooser = self.client.chooser(view, Work::DECODE, self.room_soon());
             let found = chooser.fastest(gap, |peer| {
                 let peer = peer.announcement.peer_id;
                 !taken.contains(&peer) && may_be(peer)

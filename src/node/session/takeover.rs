@@ -10,7 +10,7 @@ use std::{
     collections::{BTreeMap, VecDeque},
     ops::Range,
     sync::{Arc, MutexGuard, atomic::Ordering},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -32,10 +32,15 @@ use crate::{
 /// Hops that a step may have passed: more than any route has.
 const MOST_TIMES: usize = 1024;
 
+/// How often the client is told that parts are taken: it gives up where nothing goes on for some seconds.
+const TELL_CLIENT_EVERY: Duration = Duration::from_millis(500);
+
 /// A session that is being taken over.
 #[derive(Debug)]
 pub(super) struct Taking {
     from: PeerId,
+    /// When the client was last told how far it is.
+    told_at: Instant,
     next_index: u32,
     waiting: VecDeque<Arrived>,
     is_writing: bool,
@@ -87,6 +92,7 @@ impl Taking {
     pub(super) fn new(from: PeerId) -> Self {
         Self {
             from,
+            told_at: Instant::now(),
             next_index: 0,
             waiting: VecDeque::new(),
             is_writing: false,
@@ -141,13 +147,13 @@ impl HopSession {
             let (index, link) = (arrived.index, arrived.link.clone());
             let payload = arrived.payload.clone();
             match self.take_part(&mut inner, arrived) {
-                Ok(Taken::Kept) => self.tell_taken(&inner, &link, index),
+                Ok(Taken::Kept) => self.tell_taken(&mut inner, &link, index),
                 Ok(Taken::Pieces { first, count, permit }) => {
                     let pieces = first..first.saturating_add(count);
                     return self.write(inner, pieces, Written { payload, permit, link, index });
                 }
                 Ok(Taken::All) => {
-                    self.tell_taken(&inner, &link, index);
+                    self.tell_taken(&mut inner, &link, index);
                     return self.taken_over(inner);
                 }
                 Err(refusal) => return self.take_over_failed(&mut inner, &link, refusal),
@@ -259,7 +265,7 @@ impl HopSession {
             match result {
                 Ok(()) => {
                     taking.pieces += count;
-                    session.tell_taken(&inner, &link, index);
+                    session.tell_taken(&mut inner, &link, index);
                     session.take_parts(inner);
                 }
                 Err(error) => session.take_over_failed(&mut inner, &link, of_pages(error)),
@@ -292,10 +298,21 @@ impl HopSession {
         }
     }
 
-    fn tell_taken(&self, inner: &Inner, link: &Link, index: u32) {
+    /// Tells the leaving hop that a part is taken, and now and then the client, which has no other way to see that it goes on.
+    fn tell_taken(&self, inner: &mut Inner, link: &Link, index: u32) {
         let body = proto::frame::Body::TakenOver(proto::TakenOver { index });
-        if link.send(Frame::bare(self.header(inner.log.epoch(), body))).is_err() {
+        let frame = Frame::bare(self.header(inner.log.epoch(), body));
+        if link.send(frame.clone()).is_err() {
             tracing::debug!(session = %self.id, "the leaving peer is gone");
+        }
+        let now = Instant::now();
+        if let Some(taking) = &mut inner.taking
+            && now.duration_since(taking.told_at) >= TELL_CLIENT_EVERY
+        {
+            taking.told_at = now;
+            if inner.control.send(frame).is_err() {
+                tracing::debug!(session = %self.id, "the client can't be told: its link is gone");
+            }
         }
     }
 

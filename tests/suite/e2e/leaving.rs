@@ -25,9 +25,12 @@ use helion::{
     },
 };
 
+use crate::link::Profile;
+
 use super::{
     faults::{Case, Moment, Outcome, changed, run},
     harness::{Place, Reference, Server, client, fixture, reference},
+    long_links::FarNode,
     sessions::info,
     strangers::{pass_for_honest, server},
 };
@@ -230,6 +233,88 @@ async fn a_thousand_tokens_move_and_a_later_loss_of_the_next_hop_is_repaired_fro
             _ => assert!(again >= 1000 && computed + again == rows, "{computed} {again}"),
         }
     }
+}
+
+/// What counts is that it goes on: it takes more than the time in which nothing may happen, and the successor is far from being at
+/// fault.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hand_over_may_take_its_time_on_a_narrow_link() {
+    let place = Place::new();
+    let model = changed(&place, "llama", r#"{"max_position_embeddings": 2048}"#);
+    let bootstrap = place.bootstrap();
+    // 1.5 MB take 3 s, whoever of the two has dialled the other.
+    let narrow = Profile { one_way: Duration::from_millis(1), bits_per_second: Some(4e6) };
+    let leaving = FarNode::start(&place, &model, &bootstrap, "0:6", narrow);
+    let successor = FarNode::start(&place, &model, &bootstrap, "0:6", narrow);
+    let patience = Patience { recovery: Duration::from_secs(3), ..Patience::default() };
+    let route = vec![leaving.node.peer_id.parse().unwrap()];
+    let client = client(&model, &bootstrap, patience).await.with_rules(PeerRules { route, ..PeerRules::default() });
+    let prompt: Vec<u32> = (0..1000).map(|i| i * 37 % 511 + 1).collect();
+    let options = GenerationOptions { max_tokens: 8, ignore_eos: true, tenant: None, ..Default::default() };
+    let reference = client.generate(&prompt, &options, &mut |_| {}).await.unwrap();
+    let (mut tokens, mut handed_over) = (0, None);
+    let generation = client
+        .generate(&prompt, &options, &mut |event| match event {
+            GenerationEvent::Token { .. } => {
+                tokens += 1;
+                if tokens == 3 {
+                    leaving.node.running.signal("TERM");
+                }
+            }
+            GenerationEvent::Recovery { recovery, .. } => handed_over = Some((recovery.handed_over, recovery.ms)),
+            GenerationEvent::Route { .. } => {}
+        })
+        .await
+        .unwrap();
+    assert_eq!((generation.output_ids, generation.recoveries), (reference.output_ids, 1));
+    let (handed_over, took_ms) = handed_over.unwrap();
+    assert!(handed_over && took_ms > 1500.0, "handed over: {handed_over}, {took_ms} ms");
+    assert_eq!(info(&client, &successor.node).await.tokens_replayed, 0);
+    leaving.node.ends_well();
+}
+
+/// More than are handed over at a time: each goes on where it is until it is its turn.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_sessions_are_handed_over_in_turns() {
+    const SESSIONS: usize = 24;
+    let place = Place::new();
+    let model = changed(&place, "llama", r#"{"max_position_embeddings": 2048}"#);
+    let (bootstrap, mut nodes) = place.swarm(&model, &["0:6", "0:6"], &[]);
+    let client = client(&model, &bootstrap, Patience::default()).await;
+    let route = vec![nodes[0].peer_id.parse().unwrap()];
+    let client = client.with_rules(PeerRules { route, ..PeerRules::default() });
+    let options = GenerationOptions { max_tokens: 60, ignore_eos: true, tenant: None, ..Default::default() };
+    let prompt = |session: u32| (0..20).map(|i| (session * 20 + i) * 37 % 511 + 1).collect::<Vec<u32>>();
+    let first = client.generate(&prompt(0), &options, &mut |_| {}).await.unwrap();
+    let before = info(&client, &nodes[0]).await.tokens;
+    let begun = Arc::new(AtomicU32::new(0));
+    let mut generations = tokio::task::JoinSet::new();
+    for session in 0..SESSIONS as u32 {
+        let (client, options, begun, prompt) = (client.clone(), options.clone(), begun.clone(), prompt(session));
+        generations.spawn(async move {
+            let mut tokens = 0;
+            let mut count = |event| {
+                tokens += u32::from(matches!(event, GenerationEvent::Token { .. }));
+                if tokens == 5 {
+                    begun.fetch_add(1, Ordering::Relaxed);
+                }
+            };
+            (session, client.generate(&prompt, &options, &mut count).await.unwrap())
+        });
+    }
+    while (begun.load(Ordering::Relaxed) as usize) < SESSIONS {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    nodes[0].running.signal("TERM");
+    let done = generations.join_all().await;
+    let recoveries: usize = done.iter().map(|(_, generation)| generation.recoveries).sum();
+    assert!(recoveries > 8 && done.iter().all(|(_, generation)| generation.recoveries <= 1), "{recoveries}");
+    let of_first = done.iter().find(|(session, _)| *session == 0).unwrap();
+    assert_eq!(of_first.1.output_ids, first.output_ids);
+    nodes.remove(0).ends_well();
+    let taken = info(&client, &nodes[0]).await;
+    assert_eq!(taken.tokens_replayed, 0, "nothing is computed again");
+    assert!(taken.tokens_taken_over > 0 && taken.tokens < before * SESSIONS as u64);
 }
 
 /// Several lanes, and hidden states that are packed on the wire: bit for bit what comes where nobody leaves.

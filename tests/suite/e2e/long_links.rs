@@ -7,7 +7,7 @@ use std::{
 
 use helion::{
     client::{
-        Work,
+        Client, RouteMode, Work,
         generation::{GenerationEvent, GenerationOptions},
         session::{Input, Patience, Session, Step, Want},
     },
@@ -21,13 +21,13 @@ use crate::link::{LongLink, Profile};
 const LIMITS: SessionLimits = SessionLimits { max_lanes: 1, max_tokens: 64, max_in_flight: 4, max_step_tokens: 40 };
 
 /// A node that everybody else reaches over a long link.
-struct FarNode {
+pub(super) struct FarNode {
     _proxy: LongLink,
-    node: Server,
+    pub(super) node: Server,
 }
 
 impl FarNode {
-    fn start(place: &Place, model: &Path, peer: &Server, blocks: &str, profile: Profile) -> Self {
+    pub(super) fn start(place: &Place, model: &Path, peer: &Server, blocks: &str, profile: Profile) -> Self {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let proxy = LongLink::start(([127, 0, 0, 1], port).into(), profile);
         let (listen, announce) = (format!("/ip4/127.0.0.1/tcp/{port}"), format!("/ip4/127.0.0.1/tcp/{}", proxy.port()));
@@ -116,9 +116,27 @@ async fn one_token_takes_the_short_link_and_a_long_prompt_the_wide_one() {
     // Both are known before there is a choice.
     let mut view = client.observer().look_up().await.unwrap();
     client.observer().measure(&mut view, false).await;
-    for (work, expected) in [(Work::DECODE, &near), (Work::prompt(400, 16), &wide)] {
+    let through = async |client: &Client, work| {
         let (_, route) = client.open_session_for(work, LIMITS, HANG).await.unwrap();
-        assert_eq!(route.hops[0].announcement.peer_id.to_string(), expected.node.peer_id, "{work:?}");
+        route.hops[0].announcement.peer_id.to_string()
+    };
+    assert_eq!(through(&client, Work::DECODE).await, near.node.peer_id);
+    // How wide the links are is measured while the client has other things to do: nobody's first token waits for it.
+    let long = Work::prompt(400, 16);
+    let begun = Instant::now();
+    through(&client, long).await;
+    assert!(begun.elapsed() < ms(1000), "an echo over the narrow link takes longer: {:?}", begun.elapsed());
+    while through(&client, long).await != wide.node.peer_id {
+        assert!(begun.elapsed() < HANG, "the bandwidth is never known");
+        tokio::time::sleep(ms(50)).await;
+    }
+    for (mode, work, expected) in [
+        (RouteMode::Latency, long, &near),
+        (RouteMode::Throughput, Work::DECODE, &wide),
+        (RouteMode::Auto, long, &wide),
+    ] {
+        let client = client.clone().with_route_mode(mode);
+        assert_eq!(through(&client, work).await, expected.node.peer_id, "{mode}");
     }
 }
 
