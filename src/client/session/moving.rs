@@ -3,11 +3,18 @@
 //! Between two steps, and now and then only, the session compares what a token takes on its route with the best route there is, both
 //! by what is known: nobody is asked for it. It moves where that is worth it, looked at twice, and pays for what the new hops have to be
 //! told; what the old ones know is told by those in front of them, as after a loss. A move never makes a session inexact.
+//!
+//! The old hops are closed when the new ones hold the session. Where one of these refuses it, the session goes on where it was.
 
-use std::time::{Duration, Instant};
+use std::{
+    mem,
+    time::{Duration, Instant},
+};
 
-use super::{Route, RouteHop, Session};
-use crate::client::Work;
+use bytes::Bytes;
+
+use super::{HopLink, Route, RouteHop, Session, SessionError};
+use crate::{client::Work, swarm::proto::session as proto};
 
 /// How often it is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -57,7 +64,7 @@ struct Offer {
 
 impl Session {
     /// Goes over to a much better route, where there is one by now, no step is under way, and the user has not named the hops. Whether
-    /// it did. Where the new route fails, the session repairs itself as the next answer is awaited.
+    /// it did. Where the old route fails meanwhile, the session repairs itself as the next answer is awaited.
     pub async fn move_if_better(&mut self, tokens_left: usize) -> bool {
         let now = Instant::now();
         let is_busy = !self.sent.is_empty() || self.telling.is_some() || self.broken.is_some();
@@ -75,12 +82,70 @@ impl Session {
             offer.then_seconds * 1e3,
             offer.now_seconds * 1e3
         );
-        if let Err(error) = self.take_route(hops, None).await {
+        let moved = self.move_to(hops).await.unwrap_or_else(|error| {
             self.broken = Some(error);
-        }
+            true
+        });
         // Nothing was under way that one of them could be behind with.
         self.repairs.suspect = None;
-        true
+        moved
+    }
+
+    /// Goes over to another route, or stays where that can't be had. Whether the route is another one now.
+    ///
+    /// # Errors
+    /// A hop failed without which the session can't go on.
+    async fn move_to(&mut self, hops: Vec<RouteHop>) -> Result<bool, SessionError> {
+        let within = self.client.patience().overdue + self.client.patience().pong;
+        let links = match HopLink::connect_all(&self.client, &hops, within).await {
+            Ok(links) => links,
+            Err(error) => {
+                self.stays(&error);
+                return Ok(false);
+            }
+        };
+        // A hop that is to run other blocks begins anew.
+        let is_of_both = |one: &HopLink, hops: &[HopLink]| {
+            hops.iter().any(|other| (other.peer, &other.blocks) == (one.peer, &one.blocks))
+        };
+        let changes = |hop: &&HopLink| links.iter().any(|new| new.peer == hop.peer && new.blocks != hop.blocks);
+        self.hops.iter().filter(changes).for_each(|hop| self.close_hop(hop));
+        let old = mem::replace(&mut self.hops, links);
+        self.next_epoch();
+        let error = match self.open_all(within).await {
+            Ok(opened) => {
+                let left = old.iter().filter(|hop| !self.hops.iter().any(|new| new.peer == hop.peer));
+                left.for_each(|hop| self.close_hop(hop));
+                self.settle(opened, within).await?;
+                return Ok(true);
+            }
+            Err(error) => error,
+        };
+        self.stays(&error);
+        let tried = mem::replace(&mut self.hops, old);
+        tried.iter().filter(|hop| !is_of_both(hop, &self.hops)).for_each(|hop| self.close_hop(hop));
+        self.next_epoch();
+        let opened = self.open_all(within).await?;
+        self.settle(opened, within).await?;
+        Ok(false)
+    }
+
+    /// The better route can't be had.
+    fn stays(&self, error: &SessionError) {
+        tracing::info!(session = %self.id, %error, "not moving to a better route");
+        error.peer_to_avoid().into_iter().for_each(|peer| self.client.failed(peer));
+    }
+
+    fn close_hop(&self, hop: &HopLink) {
+        // Where it is lost, there is nobody to be told.
+        let _ = self.send_to(hop, proto::frame::Body::Close(proto::Close::default()), Bytes::new());
+    }
+
+    /// Shows all hops their tickets and waits until they hold the session.
+    async fn open_all(&mut self, within: Duration) -> Result<super::opening::Openings, SessionError> {
+        let all: Vec<usize> = (0..self.hops.len()).collect();
+        self.show_tickets(&all)?;
+        self.wait_until_open(&all, within).await
     }
 
     /// The best route by what is known, where it is another one and computes alike.

@@ -1,19 +1,36 @@
 //! Choosing routes in a swarm that is not as it was: peers that died together, look-ups that fail, a peer that failed and is the only
 //! one.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
+use futures::future::BoxFuture;
 use helion::{
     client::{
         ClientError,
-        generation::GenerationOptions,
+        generation::{GenerationEvent, GenerationOptions},
         session::{Input, Patience, Step, Want},
     },
     engine::LaneRun,
-    swarm::ticket::SessionLimits,
+    swarm::{
+        Frame, Link, PeerId, Service,
+        proto::{rpc, session as proto},
+        ticket::SessionLimits,
+    },
 };
 
-use super::harness::{HANG, Place, client, fixture, join, reference};
+use super::{
+    harness::{HANG, Place, client, fixture, join, reference},
+    long_links::FarNode,
+    sessions::info,
+    strangers::{pass_for_honest, server},
+};
+use crate::link::Profile;
 
 fn options(max_tokens: usize) -> GenerationOptions {
     GenerationOptions { max_tokens, ignore_eos: true, tenant: None, ..GenerationOptions::default() }
@@ -100,6 +117,60 @@ async fn a_refused_step_is_not_held_against_the_hop() {
     assert_eq!(again.hops[0].announcement.peer_id, route.hops[0].announcement.peer_id);
     session.send(step(0)).unwrap();
     session.receive().await.unwrap();
+}
+
+/// A peer that looks well, and takes no session.
+struct Refusing(AtomicU32);
+
+impl Service for Refusing {
+    fn frame(&self, link: &Link, frame: Frame) {
+        use proto::frame::Body;
+        let header = frame.header;
+        let body = match header.body {
+            Some(Body::Open(_)) => {
+                self.0.fetch_add(1, Ordering::Relaxed);
+                let (code, blame) = (proto::Code::Busy.into(), proto::Blame::Nobody.into());
+                Body::Fault(proto::Fault { code, blame, ..Default::default() })
+            }
+            Some(Body::Ping(ping)) => Body::Pong(proto::Pong { nonce: ping.nonce }),
+            _ => return,
+        };
+        // The other end may be gone by now.
+        let _ = link.send(Frame::bare(proto::Frame { body: Some(body), ..header }));
+    }
+
+    fn link_closed(&self, _link: &Link) {}
+
+    fn request(&self, _from: PeerId, _request: rpc::Request) -> BoxFuture<'static, rpc::Response> {
+        Box::pin(std::future::ready(rpc::Response::default()))
+    }
+}
+
+/// What the old hop holds is given up when the new one has taken the session, and not before.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_better_peer_that_refuses_costs_a_session_nothing() {
+    let (place, model) = (Place::new(), fixture("llama"));
+    let bootstrap = place.bootstrap();
+    let far = FarNode::start(&place, &model, &bootstrap, "0:6", Profile::round_trip(Duration::from_millis(200)));
+    let client = client(&model, &bootstrap, Patience::default()).await;
+    let reference = reference(&model);
+    let options = GenerationOptions { wait: HANG, ..options(reference.output.len()) };
+    let refusing = Arc::new(Refusing(AtomicU32::new(0)));
+    let (asked, joined) = (refusing.clone(), server(&bootstrap, refusing).await);
+    let mut joining = None;
+    let mut join = |event| {
+        if let (GenerationEvent::Token { .. }, None) = (event, &joining) {
+            let (client, swarm) = (client.clone(), joined.clone());
+            joining = Some(tokio::spawn(async move { pass_for_honest(&swarm, &client, 0..6).await }));
+        }
+    };
+    let generation = client.generate(&reference.prompt, &options, &mut join).await.unwrap();
+    assert_eq!((generation.output_ids, generation.recoveries), (reference.output.clone(), 0));
+    assert_eq!(generation.route[0].peer_id, far.node.peer_id);
+    assert!(asked.0.load(Ordering::Relaxed) > 0, "it was never tried");
+    let info = info(&client, &far.node).await;
+    let rows = reference.prompt.len() + reference.output.len() - 1;
+    assert_eq!((info.tokens as usize, info.tokens_replayed), (rows, 0));
 }
 
 #[test]
