@@ -86,6 +86,7 @@ impl TenantSecret {
         let mut hasher = blake3::Hasher::new_keyed(&self.0);
         hasher.update(b"context").update(&of.fingerprint.0);
         hasher.update(&of.length_class.to_le_bytes());
+        hasher.update(&of.since_lie.to_le_bytes());
         let mut text = |text: &str| {
             hasher.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
         };
@@ -108,6 +109,8 @@ pub(crate) struct Context {
     pub(crate) length_class: u64,
     pub(crate) wire_dtype: Dtype,
     pub(crate) wire_codec: WireCodec,
+    /// As [`Prefixes::since_lie`] says.
+    pub(crate) since_lie: u64,
     /// How the blocks up to the hop's own are computed.
     pub(crate) kinds: Kinds,
 }
@@ -150,6 +153,7 @@ struct Memory {
     newer: HashSet<PageName>,
     older: HashSet<PageName>,
     met: HashSet<PeerId>,
+    since_lie: u64,
 }
 
 /// The pages of a prompt on a hop.
@@ -174,6 +178,18 @@ impl Prefixes {
     fn lock(&self) -> MutexGuard<'_, Memory> {
         // Every change is one operation on a set.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A hop was found to lie. What it had said before may have been wrong as well, only less so, and the pages of all hops behind it were
+    /// filled from that: by new names none of what is kept is ever met again.
+    pub(crate) fn distrust(&self) {
+        let mut memory = self.lock();
+        *memory = Memory { since_lie: rand::random(), met: std::mem::take(&mut memory.met), ..Memory::default() };
+    }
+
+    /// What sets the names since the last lie apart from those before; 0 where there was none.
+    pub(crate) fn since_lie(&self) -> u64 {
+        self.lock().since_lie
     }
 
     /// How many of these pages the hop is likely to hold, from the first on: those that were filled there; all of them where it is not
@@ -265,6 +281,7 @@ mod tests {
                 length_class: 0,
                 wire_dtype: Dtype::Bf16,
                 wire_codec: WireCodec::Raw,
+                since_lie: 0,
                 kinds,
             };
             change(&mut of);
@@ -276,6 +293,7 @@ mod tests {
         for other in [
             context(uniform(), &|of| of.fingerprint = Fingerprint([2; 32])),
             context(uniform(), &|of| of.length_class = 25),
+            context(uniform(), &|of| of.since_lie = 1),
             context(uniform(), &|of| of.wire_dtype = Dtype::F32),
             context(uniform(), &|of| of.wire_codec = WireCodec::Q8),
             context(Kinds::of(&[hop(0, 4, "q8_0"), hop(4, 8, "none")]), &|_| {}),
@@ -306,6 +324,20 @@ mod tests {
         );
         prefixes.holds_only(&of(peer, &[1; 32]), 3);
         assert_eq!(prefixes.expected(&of(peer, &[1; 32]), true), 3);
+    }
+
+    #[test]
+    fn nothing_that_was_filled_before_a_lie_is_expected_after_it() {
+        let (prefixes, names) = (Prefixes::default(), secret("").names(&[5; 160]));
+        let of = PagesOnHop { peer: PeerId::random(), context: &[1; 32], names: &names };
+        prefixes.met(of.peer);
+        prefixes.filled(&of, 0, 7);
+        assert_eq!(prefixes.since_lie(), 0);
+        prefixes.distrust();
+        assert_eq!((prefixes.expected(&of, true), prefixes.expected(&of, false)), (0, 0));
+        let first = prefixes.since_lie();
+        prefixes.distrust();
+        assert!(first != 0 && prefixes.since_lie() != first);
     }
 
     #[test]

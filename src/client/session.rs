@@ -369,6 +369,7 @@ impl Session {
             if !error.is_repairable() {
                 return Err(error);
             }
+            self.distrust_liars(&error);
             self.repair(error).await?;
         }
     }

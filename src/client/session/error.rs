@@ -124,6 +124,18 @@ impl SessionError {
         matches!(self, Self::Fault { code: proto::Code::Leaving, .. })
     }
 
+    /// Whether a hop answered, or sent on, what no honest one does.
+    pub(super) fn is_of_a_lie(&self) -> bool {
+        use proto::{Blame, Code};
+        match self {
+            Self::BadAnswer { .. } => true,
+            Self::Fault { blame: Blame::Hop, code, .. } => {
+                matches!(code, Code::NonFinite | Code::BadTensor | Code::WrongStep | Code::WrongPosition)
+            }
+            _ => false,
+        }
+    }
+
     /// Whether the connection was lost, and nothing is known of the peer.
     pub(super) fn is_of_the_connection(&self) -> bool {
         matches!(self, Self::HopLost { silent: false, .. })
@@ -138,5 +150,38 @@ impl SessionError {
             Self::Fault { maybe_applied, .. } => *maybe_applied,
             Self::NotRepaired { lost, .. } => lost.maybe_applied(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_is_avoided_for_what_the_client_did_or_what_can_be_told_again() {
+        use proto::{Blame, Code};
+        let peer = PeerId::random();
+        let fault = |code, blame| SessionError::Fault {
+            peer,
+            blocks: 0..4,
+            code,
+            blame,
+            maybe_applied: false,
+            message: String::new(),
+        };
+        for code in [Code::WrongPosition, Code::WrongStep, Code::BadTensor, Code::TooLarge, Code::BadTicket] {
+            let error = fault(code, Blame::Client);
+            assert_eq!((error.peer_to_avoid(), error.is_repairable()), (None, false), "{code:?}");
+            assert_eq!(fault(code, Blame::Hop).peer_to_avoid(), Some(peer), "{code:?}");
+        }
+        assert!(
+            fault(Code::NonFinite, Blame::Hop).is_of_a_lie() && !fault(Code::NonFinite, Blame::Client).is_of_a_lie()
+        );
+        assert!(
+            !fault(Code::CacheFull, Blame::Nobody).is_of_a_lie() && !fault(Code::Internal, Blame::Hop).is_of_a_lie()
+        );
+        let forgotten = fault(Code::HistoryGone, Blame::Hop);
+        assert_eq!((forgotten.peer_to_avoid(), forgotten.is_repairable()), (None, true));
+        assert_eq!(fault(Code::WrongBlocks, Blame::Client).peer_to_avoid(), Some(peer), "it serves something else");
     }
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use libp2p::PeerId;
 
-use super::{HopLink, Input, Route, RouteHop, Session};
+use super::{HopLink, Input, Route, RouteHop, Session, SessionError};
 use crate::{
     client::{
         Client,
@@ -89,6 +89,7 @@ impl Prefix {
             length_class,
             wire_dtype: route.wire_dtype,
             wire_codec: route.wire_codec,
+            since_lie: client.prefixes().since_lie(),
             kinds: Kinds::of(&route.hops[..count]),
         };
         Some(self.secret?.context(&context))
@@ -113,6 +114,11 @@ impl Prefix {
         }
     }
 
+    /// What the hops hold may be wrong: it is named to nobody.
+    fn forget(&mut self) {
+        self.secret = None;
+    }
+
     /// Lane 0 is filled up to `end` on all hops.
     pub(super) fn is_filled(&mut self, client: &Client, hops: &[HopLink], end: usize) {
         let to = (end / PAGE_TOKENS).min(self.names.len());
@@ -132,6 +138,14 @@ impl Session {
     /// last one, whose answer is wanted.
     pub fn held(&self) -> usize {
         self.prefix.held
+    }
+
+    /// Where an error says that a hop lied, nothing that this client's hops keep is used again.
+    pub(super) fn distrust_liars(&mut self, error: &SessionError) {
+        if error.is_of_a_lie() {
+            self.prefix.forget();
+            self.client.prefixes().distrust();
+        }
     }
 
     /// Whether the hops have something after this step: of a session that began with a prefix also before the first.
