@@ -110,6 +110,13 @@ impl LongLink {
         self.address.port()
     }
 
+    /// Cuts the connections that there are; new ones are taken.
+    pub(crate) fn cut(&self) {
+        for (_, end) in self.line.ends.lock().unwrap().drain(..) {
+            let _ = end.shutdown(Shutdown::Both);
+        }
+    }
+
     /// From now on.
     pub(crate) fn set(&self, profile: Profile) {
         *self.line.profile.lock().unwrap() = profile;
@@ -166,9 +173,7 @@ impl Drop for LongLink {
         self.restore();
         // Wakes the thread that accepts.
         let _ = TcpStream::connect(self.address);
-        for (_, end) in self.line.ends.lock().unwrap().drain(..) {
-            let _ = end.shutdown(Shutdown::Both);
-        }
+        self.cut();
     }
 }
 

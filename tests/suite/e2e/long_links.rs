@@ -22,7 +22,7 @@ const LIMITS: SessionLimits = SessionLimits { max_lanes: 1, max_tokens: 64, max_
 
 /// A node that everybody else reaches over a long link.
 pub(super) struct FarNode {
-    _proxy: LongLink,
+    pub(super) proxy: LongLink,
     pub(super) node: Server,
 }
 
@@ -32,7 +32,7 @@ impl FarNode {
         let proxy = LongLink::start(([127, 0, 0, 1], port).into(), profile);
         let (listen, announce) = (format!("/ip4/127.0.0.1/tcp/{port}"), format!("/ip4/127.0.0.1/tcp/{}", proxy.port()));
         let args = ["--blocks", blocks, "--host-maddrs", &listen, "--announce-maddrs", &announce];
-        Self { node: place.node(model, peer, &args), _proxy: proxy }
+        Self { node: place.node(model, peer, &args), proxy }
     }
 }
 
