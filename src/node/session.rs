@@ -295,7 +295,7 @@ impl HopSession {
         if tokens > inner.ticket.limits.max_tokens {
             let most = inner.ticket.limits.max_tokens;
             let message = format!("the session would grow to {tokens} tokens, and the ticket allows {most}");
-            let report = Report::new(proto::Code::TooLarge, proto::Blame::Client, message);
+            let report = Report::new(proto::Code::TooLarge, self.blame_for_steps(&inner), message);
             inner.cache = Some(cache);
             return self.step_failed(inner, Report { number: step.number, ..report });
         }
@@ -342,7 +342,7 @@ impl HopSession {
                 self.applied(inner, reply);
             }
             Err(error) => {
-                let (code, blame) = classify(&error);
+                let (code, blame) = classify(&error, self.blame_for_steps(&inner));
                 tracing::debug!(session = %self.id, number, %error, "step failed");
                 let report = Report::new(code, blame, error.to_string());
                 self.step_failed(inner, Report { number, maybe_applied: error.maybe_applied(), ..report });
@@ -549,19 +549,20 @@ fn micros(time: Duration) -> u32 {
     u32::try_from(time.as_micros()).unwrap_or(u32::MAX)
 }
 
-/// Whose fault an engine's error is, and what the client is told.
-fn classify(error: &StepError) -> (proto::Code, proto::Blame) {
+/// What the client is told of an engine's error, and whose fault it is. What is wrong with the step itself is the fault of whoever `made`
+/// it.
+fn classify(error: &StepError, made: proto::Blame) -> (proto::Code, proto::Blame) {
     use proto::{Blame, Code};
     match error {
         StepError::CacheFull { .. } => (Code::CacheFull, Blame::Nobody),
         StepError::QueueFull { .. } => (Code::Busy, Blame::Nobody),
         StepError::Deadline => (Code::Deadline, Blame::Nobody),
         StepError::Cancelled => (Code::UnknownSession, Blame::Nobody),
-        StepError::WrongPosition { .. } => (Code::WrongPosition, Blame::Client),
-        StepError::BadShape(_) => (Code::BadTensor, Blame::Client),
-        StepError::WrongBlocks { .. } => (Code::WrongBlocks, Blame::Client),
-        StepError::ContextExceeded { .. } => (Code::TooLarge, Blame::Client),
-        StepError::NonFinite { place: Place::Input, .. } => (Code::NonFinite, Blame::Upstream),
+        StepError::WrongPosition { .. } => (Code::WrongPosition, made),
+        StepError::BadShape(_) => (Code::BadTensor, made),
+        StepError::WrongBlocks { .. } => (Code::WrongBlocks, Blame::Client), // its ticket names them
+        StepError::ContextExceeded { .. } => (Code::TooLarge, made),
+        StepError::NonFinite { place: Place::Input, .. } => (Code::NonFinite, made),
         StepError::NonFinite { place: Place::Block(_), .. } => (Code::NonFinite, Blame::Hop),
         StepError::Internal(_) => (Code::Internal, Blame::Hop),
     }

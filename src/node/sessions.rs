@@ -422,6 +422,12 @@ impl Sessions {
                 if link.send(Frame { header, payload: Bytes::new() }).is_err() {
                     tracing::debug!(peer = %link.peer(), "the client left while its session was opened");
                 }
+                // It was let in just before, or was away: it may not have been told with the others.
+                if self.leaving.load(Ordering::Relaxed)
+                    && let Some(session) = self.get(id)
+                {
+                    session.tell_leaving(proto::Code::Leaving, ASKED_TO_STOP);
+                }
             }
             Err(refusal) => {
                 if let Entry::Occupied(mut slot) = self.lock().entry(id) {
@@ -454,7 +460,7 @@ impl Sessions {
         let id = ticket.session;
         let links = Links { control: link.clone(), downstream };
         let (watched, now) = (links.downstream.clone(), Instant::now());
-        let (session, is_new, early) = {
+        let (session, early) = {
             let mut sessions = self.lock();
             let Some(slot) = sessions.get_mut(&ticket.session) else {
                 return Err(Refusal::new(Code::UnknownSession, "the session was closed while it was opened"));
@@ -463,7 +469,6 @@ impl Sessions {
                 return Ok(None);
             }
             slot.opening = None;
-            let is_new = slot.session.is_none();
             let session = match slot.session.clone() {
                 Some(session) => {
                     session.reopen(ticket, links, now)?;
@@ -486,12 +491,8 @@ impl Sessions {
                     slot.session.insert(Arc::new(session)).clone()
                 }
             };
-            (session, is_new, self.early().take(id))
+            (session, self.early().take(id))
         };
-        // It was let in just before, and was not there to be told with the others.
-        if is_new && self.leaving.load(Ordering::Relaxed) {
-            session.tell_leaving(proto::Code::Leaving, ASKED_TO_STOP);
-        }
         // A link that ended before the session was in the map was not noticed for it.
         for link in [Some(link), watched.as_ref()].into_iter().flatten().filter(|link| link.is_closed()) {
             session.link_closed(link, now);

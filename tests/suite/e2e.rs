@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod bench;
+mod blame;
 mod churn;
 mod evil;
 mod faults;

@@ -3,7 +3,8 @@
 //! What a session sends on is kept as its [`History`] (the states themselves, in wire dtype). When the route changes, the client
 //! says how much the next hop has ([`Resume`](proto::Resume)): later steps are sent again, and where it has nothing, the history is
 //! replayed to it in parts. It computes them, keeps what they give as history of its own, and passes that on where hops
-//! behind it have nothing either. The last one that needs them paces the parts, so that a long context never fills an outbox.
+//! behind it have nothing either. The last one that needs them paces the parts, so that a long context never fills an outbox. The
+//! client hears of every part from every hop that computes it: a replay may take long, and is not to be taken for a hop that is stuck.
 
 use std::{
     collections::VecDeque,
@@ -263,7 +264,7 @@ impl HopSession {
             _ => {
                 let message = format!("part {} of a replay is not the one that is awaited", replay.index);
                 inner.log.fail_epoch();
-                self.fault(&inner, Report::new(proto::Code::WrongStep, proto::Blame::Upstream, message));
+                self.fault(&inner, Report::new(proto::Code::WrongStep, self.blame_for_steps(&inner), message));
             }
         }
         Ok(())
@@ -304,7 +305,7 @@ impl HopSession {
         let checked = match border::check_step(&inner.ticket, hidden, &step, payload) {
             Ok(checked) => checked,
             Err(refusal) => {
-                let report = Report::new(refusal.code, proto::Blame::Upstream, refusal.message);
+                let report = Report::new(refusal.code, self.blame_for_steps(&inner), refusal.message);
                 return self.fill_failed(&mut inner, report);
             }
         };
@@ -344,7 +345,7 @@ impl HopSession {
         let output = match result {
             Ok(output) => output,
             Err(error) => {
-                let (code, blame) = super::classify(&error);
+                let (code, blame) = super::classify(&error, self.blame_for_steps(&inner));
                 return self.fill_failed(&mut inner, Report::new(code, blame, error.to_string()));
             }
         };
@@ -362,13 +363,17 @@ impl HopSession {
         } else {
             self.tell_replayed(&inner, &upstream, index);
         }
+        // A client that replays itself is told above, when all that need the part have it: that paces it.
+        if upstream.peer() != self.client {
+            self.tell_replayed(&inner, &inner.control, index);
+        }
         self.fill(inner);
     }
 
-    fn tell_replayed(&self, inner: &Inner, upstream: &Link, index: u32) {
+    fn tell_replayed(&self, inner: &Inner, to: &Link, index: u32) {
         let body = proto::frame::Body::Replayed(proto::Replayed { index });
-        if upstream.send(Frame::bare(self.header(inner.log.epoch(), body))).is_err() {
-            tracing::debug!(session = %self.id, "the replaying peer is gone");
+        if to.send(Frame::bare(self.header(inner.log.epoch(), body))).is_err() {
+            tracing::debug!(session = %self.id, peer = %to.peer(), "a peer that waits for a replay is gone");
         }
     }
 
