@@ -107,6 +107,17 @@ pub enum ClientError {
     Sample(#[from] SampleError),
 }
 
+impl ClientError {
+    /// Whether steps may have been applied by some hops although there is no answer to them: `None` where no step was to be sent.
+    pub fn maybe_applied(&self) -> Option<bool> {
+        match self {
+            Self::Session(SessionError::Unreachable { .. } | SessionError::Edge(_) | SessionError::Misuse(_)) => None,
+            Self::Session(error) => Some(error.maybe_applied()),
+            _ => None,
+        }
+    }
+}
+
 /// A client of one model's swarm. Cheap to clone.
 #[derive(Clone)]
 pub struct Client {

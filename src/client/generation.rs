@@ -191,13 +191,13 @@ impl Conversation {
         same.min(prompt_ids.len().saturating_sub(1))
     }
 
-    /// Waits, in a pause between two turns, until one of the hops leaves: then [`Conversation::attend`] should be called. It may be
-    /// dropped at any time.
+    /// Waits, in a pause between two turns, until one of the hops leaves or the connection to one was cut: then [`Conversation::attend`]
+    /// should be called. It may be dropped at any time.
     pub async fn wants_attention(&mut self) {
         self.session.wants_attention().await;
     }
 
-    /// Has a hop that leaves hand over what it holds of the conversation. Not to be dropped before its end.
+    /// Has a hop that leaves hand over what it holds of the conversation, or connects again. Not to be dropped before its end.
     pub async fn attend(&mut self) {
         self.session.attend().await;
     }

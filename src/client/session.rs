@@ -14,6 +14,7 @@ mod opening;
 mod plan;
 mod prefix;
 mod repair;
+mod resting;
 
 use std::{
     collections::{HashSet, VecDeque},
@@ -31,6 +32,7 @@ use self::{
     opening::HopLink,
     prefix::Prefix,
     repair::{Repairs, Telling},
+    resting::Cut,
 };
 use super::{
     Client,
@@ -60,7 +62,7 @@ pub struct Patience {
     pub overdue: Duration,
     /// For a hop to answer that it lives.
     pub pong: Duration,
-    /// For a step's answer where all hops live.
+    /// For a step's answer where all hops live; and for the next part of what a hop is told that took a lost one's place.
     pub step: Duration,
     /// For another hop to take a lost one's place, where nobody can at first.
     pub recovery: Duration,
@@ -223,6 +225,8 @@ pub struct Session {
     repairs: Repairs,
     moves: Moves,
     handing: Handing,
+    /// Connections that are to be made again while the session rests.
+    cut: Option<Cut>,
     /// What the first hop is being told, where it took a lost one's place: steps wait behind that.
     telling: Option<Telling>,
     /// Something went wrong where nobody could wait for a repair.
@@ -375,9 +379,7 @@ impl Session {
     }
 
     async fn await_answer(&mut self) -> Result<StepAnswer, SessionError> {
-        // A step behind others only begins when those are answered.
-        let since = self.sent.front().map_or(self.last_answer, |sent| sent.at.max(self.last_answer));
-        let mut watch = Watch { next_look: since + self.client.patience().overdue, asked: None };
+        let mut watch = Watch { next_look: self.waits_since() + self.client.patience().overdue, asked: None };
         loop {
             let look = tokio::time::Instant::from_std(watch.next_look);
             match tokio::time::timeout_at(look, self.mailbox.next()).await {
@@ -399,13 +401,19 @@ impl Session {
                     }
                     _ => {}
                 },
-                Err(_) => self.look_after_hops(&mut watch, since)?,
+                Err(_) => self.look_after_hops(&mut watch)?,
             }
         }
     }
 
+    /// Since when nothing has come of the oldest step that has no answer. One behind others only begins when those are answered,
+    /// and none does before a hop that took a lost one's place was told everything.
+    fn waits_since(&self) -> Instant {
+        self.sent.front().map_or(self.last_answer, |sent| sent.at.max(self.last_answer))
+    }
+
     /// A step is overdue: asks the hops whether they live, or finds the one that didn't say so.
-    fn look_after_hops(&self, watch: &mut Watch, since: Instant) -> Result<(), SessionError> {
+    fn look_after_hops(&self, watch: &mut Watch) -> Result<(), SessionError> {
         let now = Instant::now();
         if let Some((asked_at, silent)) = &watch.asked
             && let Some(hop) =
@@ -414,7 +422,7 @@ impl Session {
             let why = format!("it does not answer ({:.1} s)", now.duration_since(*asked_at).as_secs_f64());
             return Err(self.silent(hop.peer, why));
         }
-        let waited = now.duration_since(since);
+        let waited = now.duration_since(self.waits_since());
         if waited >= self.client.patience().opening
             && let Some(hop) = self.hops.iter().find(|hop| self.unopened.contains(&hop.peer))
         {
@@ -539,6 +547,11 @@ impl Session {
                     return Ok(None);
                 };
                 let proto::frame::Body::Fault(fault) = body else { return Ok(Some((from, body, payload))) };
+                // One that leaves says so whenever it has opened; before that, it refuses.
+                let is_known = self.handing.is_to_be_left(from) && !self.unopened.contains(&from);
+                if fault.code() == proto::Code::Leaving && is_known {
+                    return Ok(None);
+                }
                 Err(self.fault(hop, fault))
             }
         }
@@ -560,20 +573,33 @@ impl Session {
         if fault.code() == proto::Code::UnknownSession && (index == 0 || fault.number == 0) {
             return self.lost(hop.peer, message);
         }
-        // What a hop received wrong, the one before it made.
-        let (hop, blame) = match fault.blame() {
+        let is_of_a_step = fault.number > 0 && fault.code() != proto::Code::UnknownSession;
+        let (at_fault, blame) = match fault.blame() {
+            // What a hop received wrong, the one before it made.
             proto::Blame::Upstream if index > 0 => (&self.hops[index - 1], proto::Blame::Hop),
             proto::Blame::Upstream => (hop, proto::Blame::Client),
+            // A hop that hears steps from another one can't know them to be the client's mistake, nor can one that comes late to a
+            // session that works: their word is no reason to end it.
+            proto::Blame::Client if is_of_a_step && index > 0 => (hop, proto::Blame::Hop),
+            proto::Blame::Client if fault.number == 0 && self.confirmed > 0 => (hop, proto::Blame::Hop),
             blame => (hop, blame),
         };
         SessionError::Fault {
-            peer: hop.peer,
-            blocks: hop.blocks.clone(),
+            peer: at_fault.peer,
+            blocks: at_fault.blocks.clone(),
             code: fault.code(),
             blame,
-            maybe_applied: fault.maybe_applied,
-            message,
+            maybe_applied: fault.maybe_applied || self.is_applied_elsewhere(index, fault.number),
+            message: if at_fault.peer == hop.peer { message } else { format!("{message} (reported by {})", hop.peer) },
         }
+    }
+
+    /// Whether a step that has no answer may have been applied although this hop did not apply step `number` (0: it speaks of none).
+    fn is_applied_elsewhere(&self, hop: usize, number: u64) -> bool {
+        let Some(oldest) = self.sent.front().map(|sent| sent.header.number) else { return false };
+        // The first hop that never opened the session has no step of it, and so has nobody else.
+        let never_began = self.epoch == 1 && self.unopened.contains(&self.hops[0].peer);
+        hop > 0 || if number > 0 { oldest < number } else { !never_began }
     }
 
     /// The connection to a hop is lost, which says nothing of the hop itself.

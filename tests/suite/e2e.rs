@@ -1,5 +1,6 @@
 //! End-to-end tests: real processes of the `helion` binary on loopback, used as a person would.
 
+mod away;
 mod bad_input;
 mod bench;
 mod blame;
@@ -16,6 +17,7 @@ mod long_links;
 mod lost;
 mod prefixes;
 mod quantized;
+mod relapse;
 mod routes;
 mod sessions;
 mod strangers;

@@ -38,15 +38,15 @@ pub enum SessionError {
     /// A hop refused, or failed.
     #[error("peer {peer} (blocks {}:{}): {message}", blocks.start, blocks.end)]
     Fault {
-        /// Who says so.
+        /// Who is at fault; where it is no hop's fault, who says so.
         peer: PeerId,
         /// What it runs.
         blocks: Range<usize>,
         /// What kind of fault.
         code: proto::Code,
-        /// Whose fault it says it is.
+        /// Whose fault it is.
         blame: proto::Blame,
-        /// Whether the step may have been applied there.
+        /// Whether steps may have been applied: there, or by the hops before it.
         maybe_applied: bool,
         /// What it says.
         message: String,
@@ -72,14 +72,16 @@ pub enum SessionError {
     /// A hop was lost, and no other took its place in time.
     #[error("{lost}; no hop took its place within {:.0} s: {why}", waited.as_secs_f64())]
     NotRepaired {
-        /// The loss.
+        /// The loss that it began with.
         lost: Box<SessionError>,
-        /// Why nothing came of the last attempt, where it was not for want of peers.
+        /// Why nothing came of the last attempt.
         why: String,
         /// The blocks that nobody serves, where it was.
         incomplete: Option<Box<Incomplete>>,
         /// How long it was tried.
         waited: Duration,
+        /// Whether steps may have been applied somewhere, by all that went wrong since the last answer.
+        maybe_applied: bool,
     },
     /// The client's edges can't embed the tokens.
     #[error(transparent)]
@@ -147,8 +149,7 @@ impl SessionError {
         match self {
             Self::Unreachable { .. } | Self::Misuse(_) | Self::Edge(_) => false,
             Self::HopLost { .. } | Self::BadAnswer { .. } | Self::Overdue { .. } => true,
-            Self::Fault { maybe_applied, .. } => *maybe_applied,
-            Self::NotRepaired { lost, .. } => lost.maybe_applied(),
+            Self::Fault { maybe_applied, .. } | Self::NotRepaired { maybe_applied, .. } => *maybe_applied,
         }
     }
 }

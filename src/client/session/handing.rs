@@ -7,10 +7,7 @@
 //!
 //! Until that last moment the leaving hop has all it had, so a hand-over may fail at any point: what follows is what follows a
 //! loss (`repair`), and where nobody else has the blocks the session goes on with the hop that leaves, for as long as it waits, and
-//! tries again now and then.
-//!
-//! A session that rests has nobody who looks at what its hops say. Whoever keeps one may ask for that:
-//! [`Session::wants_attention`] waits until a hop leaves, and [`Session::attend`] sees to it.
+//! tries again now and then. A session that rests hands over as well, where somebody looks after it (`resting`).
 
 use std::{
     mem,
@@ -105,13 +102,23 @@ impl Handing {
         self.is_adrift
     }
 
+    /// Whether it is known already that this one leaves.
+    pub(super) fn is_to_be_left(&self, peer: PeerId) -> bool {
+        self.later.iter().any(|(other, _)| *other == peer)
+    }
+
+    /// When the next hop is to be left.
+    pub(super) fn next(&self) -> Option<Instant> {
+        self.later.iter().map(|(_, when)| *when).min()
+    }
+
     /// Nobody can take this one's place now.
     pub(super) fn try_later(&mut self, peer: PeerId) {
         self.leave_at(peer, Instant::now() + TRY_AGAIN);
     }
 
     /// A hop has one place here, however often it says that it leaves.
-    fn leave_at(&mut self, peer: PeerId, when: Instant) {
+    pub(super) fn leave_at(&mut self, peer: PeerId, when: Instant) {
         self.later.retain(|(other, _)| *other != peer);
         self.later.push((peer, when));
     }
@@ -317,51 +324,6 @@ impl Session {
                     (asked, next_look) = (Some(Instant::now()), Instant::now() + patience.pong);
                 }
             }
-        }
-    }
-
-    /// Waits until something of a session that rests should be seen to: a hop is leaving. It may be dropped at any time; nothing
-    /// is lost then.
-    pub async fn wants_attention(&mut self) {
-        loop {
-            if self.broken.as_ref().is_some_and(SessionError::is_of_a_leaving_hop) {
-                return;
-            }
-            if let Some(error) = self.hop_to_leave() {
-                self.broken.get_or_insert(error);
-                continue;
-            }
-            let next = self.handing.later.iter().map(|(_, when)| *when).min();
-            let event = match next {
-                Some(when) => match tokio::time::timeout_at(when.into(), self.mailbox.next()).await {
-                    Ok(event) => event,
-                    Err(_) => continue,
-                },
-                None => self.mailbox.next().await,
-            };
-            let result = match self.sift(event) {
-                Ok(Some((from, proto::frame::Body::Replayed(replayed), _))) => self.told(from, &replayed),
-                Ok(_) => Ok(()),
-                Err(error) => Err(error),
-            };
-            if let Err(error) = result {
-                // What is lost is replaced when there is something to do again.
-                if error.is_of_a_leaving_hop() {
-                    self.broken = Some(error);
-                } else {
-                    self.broken.get_or_insert(error);
-                }
-            }
-        }
-    }
-
-    /// Sees to a hop that leaves a session that rests. Not to be dropped before its end. Where it fails, the session says so when it
-    /// is used again.
-    pub async fn attend(&mut self) {
-        let Some(error) = self.broken.take_if(|error| error.is_of_a_leaving_hop()) else { return };
-        match self.repair(error).await {
-            Ok(()) => self.went_on(),
-            Err(error) => self.broken = Some(error),
         }
     }
 }

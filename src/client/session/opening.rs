@@ -117,6 +117,7 @@ impl Session {
             repairs: Repairs::new(route.is_uniform() && route.wire_codec.is_lossless()),
             moves: Moves::new(Instant::now()),
             handing: Handing::default(),
+            cut: None,
             telling: None,
             broken: None,
             prefix: Prefix::default(),
@@ -181,6 +182,7 @@ impl Session {
             let waiting: Vec<&HopLink> =
                 hops.iter().map(|hop| &self.hops[*hop]).filter(|hop| !opened.contains_key(&hop.peer)).collect();
             let Some(&first) = waiting.first() else { break };
+            let unopened: Vec<PeerId> = waiting.iter().map(|hop| hop.peer).collect();
             let Ok(event) = tokio::time::timeout_at(deadline.into(), self.mailbox.next()).await else {
                 let dead = waiting.iter().find(|hop| !shows_life(&hop.link, asked));
                 let patience = asked + within.max(OPENING_OF_THE_LIVING);
@@ -196,9 +198,18 @@ impl Session {
                 silent.into_iter().filter(|peer| *peer != lost).for_each(|peer| self.give_up_on(peer));
                 return Err(self.silent(lost, why));
             };
-            if let Some((from, proto::frame::Body::Opened(answer), _)) = self.sift_in_turn(event)? {
-                self.learn_load(from, &answer);
-                opened.insert(from, answer);
+            match self.sift_in_turn(event) {
+                Ok(Some((from, proto::frame::Body::Opened(answer), _))) => {
+                    self.learn_load(from, &answer);
+                    opened.insert(from, answer);
+                }
+                Ok(_) => {}
+                Err(error) => match error.peer_to_avoid().filter(|_| error.is_of_a_leaving_hop()) {
+                    // It has the session, and keeps it until its turn to be left comes.
+                    Some(peer) if self.handing.is_to_be_left(peer) && !unopened.contains(&peer) => {}
+                    Some(peer) if !unopened.contains(&peer) => self.handing.leave_at(peer, Instant::now()),
+                    _ => return Err(error),
+                },
             }
         }
         self.unopened.retain(|peer| !opened.contains_key(peer));

@@ -6,7 +6,7 @@
 //! is told what to send again. Where the others can't be kept, all hops start anew from the client's tokens.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     ops::Range,
     time::{Duration, Instant},
 };
@@ -32,8 +32,15 @@ use crate::{
 /// Attempts without an answer between them: more losses in a row are no accident, and the next peers would be lost as well.
 const MOST_ATTEMPTS: u32 = 12;
 
-/// How long a peer whose connection was lost has to be there again before another one takes its place.
+/// How long a peer whose connection was lost has to be there again before another one takes its place: a moment, and the round
+/// trips that a connection takes.
 const RECONNECT: Duration = Duration::from_millis(500);
+
+/// One for TCP, four for agreeing on the encryption and the multiplexing, two for the stream, one that is lost.
+const RECONNECT_ROUND_TRIPS: u32 = 8;
+
+/// However long the link: a peer that doesn't answer is not waited for any longer when its death is looked for either.
+const LONGEST_RECONNECT: Duration = Duration::from_secs(5);
 
 /// The pause before the second attempt in a row; it doubles, and is drawn from its upper half.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -65,7 +72,7 @@ pub struct Recovery {
 pub(super) struct Repairs {
     /// Without an answer between them.
     attempts: u32,
-    /// When the first of these began.
+    /// Since when there has been no route on which the session could go on.
     since: Option<Instant>,
     /// How much of the time since then does not count against the patience.
     spared: Duration,
@@ -73,10 +80,16 @@ pub(super) struct Repairs {
     lost: HashSet<PeerId>,
     /// Peers whose connection was lost once since the last answer.
     shaky: HashSet<PeerId>,
+    /// Those of them that this client has connected to again.
+    back: HashSet<PeerId>,
+    /// Hops that are being told everything, and the next part that each of them has to compute.
+    filling: HashMap<PeerId, u32>,
     /// The first hop that had not applied the oldest step without an answer when it was asked: lost, where that doesn't change.
     pub(super) suspect: Option<PeerId>,
-    /// Replaced, but nothing was answered since.
-    pending: Vec<Recovery>,
+    /// Steps that have no answer may have been applied, by what was noticed since the last one.
+    maybe_applied: bool,
+    /// Replaced, but nothing was answered since; and when that was noticed.
+    pending: Vec<(Instant, Recovery)>,
     done: Vec<Recovery>,
     is_exact: bool,
 }
@@ -89,7 +102,10 @@ impl Repairs {
             spared: Duration::ZERO,
             lost: HashSet::new(),
             shaky: HashSet::new(),
+            back: HashSet::new(),
+            filling: HashMap::new(),
             suspect: None,
+            maybe_applied: false,
             pending: Vec::new(),
             done: Vec::new(),
             is_exact,
@@ -99,6 +115,24 @@ impl Repairs {
     /// So much of the time of a repair was a hand-over's, which has bounds of its own.
     pub(super) fn spare(&mut self, took: Duration) {
         self.spared += took;
+    }
+
+    /// There is a route again. Telling its hops what they need may take long, and whoever is lost meanwhile is another loss with a time of
+    /// its own; the attempts are counted on. But where there was no room, the hops that take the session in may have none either: the
+    /// time for that is not given twice.
+    fn worked(&mut self, first: &SessionError) {
+        if !first.is_for_want_of_room() {
+            (self.since, self.spared) = (None, Duration::ZERO);
+        }
+    }
+
+    /// Whether a hop that has computed part `index` out of `parts` at the most has come further in what it is told.
+    fn goes_on(&mut self, hop: PeerId, index: u32, parts: u32) -> bool {
+        let Some(next) = self.filling.get_mut(&hop).filter(|next| **next <= index && index < parts) else {
+            return false;
+        };
+        *next = index + 1;
+        true
     }
 }
 
@@ -146,8 +180,8 @@ impl Session {
             return;
         }
         let route: Vec<_> = self.hops.iter().map(|hop| (hop.peer, hop.blocks.clone())).collect();
-        let took = self.repairs.since.map_or(Duration::ZERO, |since| since.elapsed());
-        for mut recovery in std::mem::take(&mut self.repairs.pending) {
+        for (noticed, mut recovery) in std::mem::take(&mut self.repairs.pending) {
+            let took = noticed.elapsed();
             let (hop, lost) = (recovery.hop, recovery.lost);
             let names: Vec<_> = recovery
                 .replacement
@@ -168,7 +202,9 @@ impl Session {
         (self.repairs.since, self.repairs.spared) = (None, Duration::ZERO);
         self.repairs.lost.clear();
         self.repairs.shaky.clear();
+        self.repairs.back.clear();
         self.repairs.suspect = None;
+        self.repairs.maybe_applied = false;
         for hop in &self.hops {
             self.client.succeeded(hop.peer);
         }
@@ -178,23 +214,25 @@ impl Session {
     pub(super) async fn repair(&mut self, error: SessionError) -> Result<(), SessionError> {
         let patience = self.client.patience();
         let since = *self.repairs.since.get_or_insert_with(Instant::now);
-        let mut cause = error;
+        self.repairs.maybe_applied |= error.maybe_applied();
+        if self.repairs.attempts >= MOST_ATTEMPTS {
+            let why = format!("{MOST_ATTEMPTS} routes in a row gave no answer");
+            return Err(self.not_repaired(error, why, None));
+        }
+        let (lost, mut latest) = (error, None);
         let mut is_looked_up = false;
         loop {
+            let cause = latest.as_ref().unwrap_or(&lost);
             tracing::debug!(session = %self.id, error = %cause, "repairing the session");
             self.repairs.attempts += 1;
-            let (why, incomplete) = match self.attempt(&cause, is_looked_up).await {
-                Ok(()) => return Ok(()),
-                Err(Failed::Session(error)) if error.is_repairable() => {
-                    let why = error.to_string();
-                    cause = error;
-                    (why, None)
+            let (why, incomplete) = match self.attempt(cause, is_looked_up).await {
+                Ok(()) => {
+                    self.repairs.worked(&lost);
+                    return Ok(());
                 }
+                Err(Failed::Session(error)) if error.is_repairable() => (self.meanwhile(error, &mut latest), None),
                 Err(Failed::Session(error)) => return Err(error),
-                Err(Failed::TooLarge(why)) => {
-                    let waited = since.elapsed();
-                    return Err(SessionError::NotRepaired { lost: Box::new(cause), why, incomplete: None, waited });
-                }
+                Err(Failed::TooLarge(why)) => return Err(self.not_repaired(lost, why, None)),
                 Err(Failed::LookUp(error)) => (error.to_string(), None),
                 Err(Failed::Nobody(_)) if is_looked_up && cause.is_of_a_leaving_hop() => {
                     // It serves on for as long as it can wait.
@@ -203,16 +241,17 @@ impl Session {
                         self.repairs.lost.remove(&peer);
                         self.handing.try_later(peer);
                     }
-                    if !self.handing.is_adrift() {
-                        return Ok(()); // nothing was changed yet
-                    }
-                    match self.take_route(self.route().hops, None).await {
-                        Ok(()) => return Ok(()),
-                        Err(error) if error.is_repairable() => {
-                            let why = error.to_string();
-                            cause = error;
-                            (why, None)
+                    // Unless a hand-over had begun, nothing was changed yet.
+                    let stays = match self.handing.is_adrift() {
+                        true => self.take_route(self.route().hops, None).await,
+                        false => Ok(()),
+                    };
+                    match stays {
+                        Ok(()) => {
+                            self.repairs.worked(&lost);
+                            return Ok(());
                         }
+                        Err(error) if error.is_repairable() => (self.meanwhile(error, &mut latest), None),
                         Err(error) => return Err(error),
                     }
                 }
@@ -230,11 +269,23 @@ impl Session {
             is_looked_up = true;
             let counted = since.elapsed().saturating_sub(self.repairs.spared);
             if counted + pause >= patience.recovery || self.repairs.attempts >= MOST_ATTEMPTS {
-                let waited = since.elapsed();
-                return Err(SessionError::NotRepaired { lost: Box::new(cause), why, incomplete, waited });
+                return Err(self.not_repaired(lost, why, incomplete));
             }
             tokio::time::sleep(pause).await;
         }
+    }
+
+    /// An attempt failed for a reason of its own: the next one is about that. Returns it in words.
+    fn meanwhile(&mut self, error: SessionError, latest: &mut Option<SessionError>) -> String {
+        self.repairs.maybe_applied |= error.maybe_applied();
+        latest.insert(error).to_string()
+    }
+
+    /// It is given up. What is told is the loss that it began with; what was tried after that is only why nothing came of it.
+    fn not_repaired(&self, lost: SessionError, why: String, incomplete: Option<Box<Incomplete>>) -> SessionError {
+        let waited = self.repairs.since.map_or(Duration::ZERO, |since| since.elapsed());
+        let maybe_applied = self.repairs.maybe_applied;
+        SessionError::NotRepaired { lost: Box::new(lost), why, incomplete, waited, maybe_applied }
     }
 
     /// One attempt. `look` up the swarm first, rather than take what is known of it.
@@ -242,15 +293,16 @@ impl Session {
         self.broken = None;
         self.telling = None;
         if let Some(peer) = cause.peer_to_avoid() {
-            let is_shaky = cause.is_of_the_connection() && self.repairs.shaky.insert(peer);
-            if !is_shaky {
-                self.client.failed(peer);
-                self.repairs.lost.insert(peer);
+            // One cut is noticed at both ends of several connections, and told more than once.
+            let is_cut = self.hops.iter().any(|hop| hop.peer == peer && hop.link.is_closed());
+            let is_old_news = is_cut && !self.repairs.back.contains(&peer);
+            let may_come_back = cause.is_of_the_connection() && (self.repairs.shaky.insert(peer) || is_old_news);
+            if !may_come_back {
+                self.give_up_on(peer);
             }
         }
         if let (SessionError::Overdue { .. }, Some(peer)) = (cause, self.repairs.suspect.take()) {
-            self.client.failed(peer);
-            self.repairs.lost.insert(peer);
+            self.give_up_on(peer);
         }
         if let (true, Some(peer)) = (cause.is_of_a_leaving_hop(), cause.peer_to_avoid())
             && self.hand_over(peer, look).await?
@@ -339,17 +391,23 @@ impl Session {
 
     /// Connects again to hops whose connection was lost; those that don't answer are lost.
     async fn reconnect(&mut self) {
-        let again = self.hops.iter().filter(|hop| hop.link.is_closed() && !self.repairs.lost.contains(&hop.peer));
-        let attempts = again.map(|hop| {
-            let connecting = HopLink::connect(self.client.swarm().clone(), hop.route_hop(), RECONNECT);
-            async { (hop.peer, connecting.await.is_ok()) }
-        });
-        for (peer, is_there) in future::join_all(attempts).await {
-            if !is_there {
-                self.client.failed(peer);
-                self.repairs.lost.insert(peer);
+        for (peer, connected) in self.connect_again().await {
+            match connected {
+                Ok(()) => drop(self.repairs.back.insert(peer)),
+                Err(_) => self.give_up_on(peer),
             }
         }
+    }
+
+    /// Connects again to hops whose connection was lost. Returns what came of it for each of them.
+    pub(super) async fn connect_again(&self) -> Vec<(PeerId, Result<(), SessionError>)> {
+        let again = self.hops.iter().filter(|hop| hop.link.is_closed() && !self.repairs.lost.contains(&hop.peer));
+        let attempts = again.map(|hop| {
+            let within = reconnect_within(self.client.observer().rtt(hop.peer));
+            let connecting = HopLink::connect(self.client.swarm().clone(), hop.route_hop(), within);
+            async { (hop.peer, connecting.await.map(drop)) }
+        });
+        future::join_all(attempts).await
     }
 
     /// The hops of the repaired route: those that are left, and others in place of the lost ones. Where that can't be, a
@@ -381,8 +439,9 @@ impl Session {
                 return Err(Failed::TooLarge(format!("no peer's cache holds the {tokens} tokens of this session")));
             }
         } else if look && !cause.is_of_a_leaving_hop() {
-            // One that failed may have come back: it has just answered.
+            // One that failed may have come back: it has just answered. The more often in vain, the later it is tried.
             if let Some(found) = self.patch(&view, &|_| true).or_else(|| anew(&|_| true)) {
+                tokio::time::sleep(pause(self.repairs.attempts)).await;
                 return Ok(found);
             }
         }
@@ -444,14 +503,15 @@ impl Session {
             let overlaps = |new: &&RouteHop| new.blocks.start < hop.blocks.end && hop.blocks.start < new.blocks.end;
             let replacement =
                 new.hops.iter().filter(overlaps).map(|hop| (hop.announcement.peer_id, hop.blocks.clone())).collect();
-            self.repairs.pending.push(Recovery {
+            let recovery = Recovery {
                 hop: index + 1,
                 lost,
                 replacement,
                 took: Duration::ZERO,
                 route: Vec::new(),
                 handed_over: self.handing.handed_over() == Some(lost),
-            });
+            };
+            self.repairs.pending.push((self.repairs.since.unwrap_or_else(Instant::now), recovery));
         }
     }
 
@@ -463,8 +523,9 @@ impl Session {
             let resume = proto::Resume { applied, replay_hops };
             self.send_to(hop, proto::frame::Body::Resume(resume), Bytes::new())?;
         }
-        let now = Instant::now();
-        self.last_answer = now;
+        self.last_answer = Instant::now();
+        let fresh = self.hops.iter().enumerate().filter(|(index, _)| plan.is_fresh(*index));
+        self.repairs.filling = fresh.map(|(_, hop)| (hop.peer, 0)).collect();
         let (applied, hops) = (plan.behind[0], plan.fresh_from(0));
         if hops > 0 && self.has_begun(applied) {
             self.telling = Some(Telling { applied, hops, cursor: Cursor::default(), next_index: 0, computed: 0 });
@@ -515,9 +576,13 @@ impl Session {
         Ok(())
     }
 
-    /// A hop has computed a part of a replay.
+    /// A hop has computed a part of a replay: what follows it may take as long again.
     pub(super) fn told(&mut self, from: PeerId, replayed: &proto::Replayed) -> Result<(), SessionError> {
-        self.last_answer = Instant::now();
+        // Each part has a row at least, so nobody has more of them to tell of.
+        let parts = u32::try_from(self.limits.max_tokens).unwrap_or(u32::MAX);
+        if self.repairs.goes_on(from, replayed.index, parts) {
+            self.last_answer = Instant::now();
+        }
         if from != self.hops[0].peer {
             return Ok(());
         }
@@ -531,8 +596,66 @@ impl Session {
     }
 }
 
+/// How long a peer may take to be there again, over a link with this round trip.
+fn reconnect_within(round_trip: Option<Duration>) -> Duration {
+    let round_trips = round_trip.unwrap_or_default().saturating_mul(RECONNECT_ROUND_TRIPS);
+    RECONNECT.saturating_add(round_trips).min(LONGEST_RECONNECT)
+}
+
 /// A random pause that grows with the attempts, so that many clients that lost the same hop don't come back all at once.
 fn pause(attempts: u32) -> Duration {
     let longest = FIRST_PAUSE.saturating_mul(1 << attempts.min(16)).min(LONGEST_PAUSE);
     longest.mul_f64(rand::rng().random_range(0.5..=1.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lost(silent: bool) -> SessionError {
+        SessionError::HopLost { peer: PeerId::random(), blocks: 0..2, why: "it is gone".to_owned(), silent }
+    }
+
+    #[test]
+    fn a_hop_goes_on_where_it_computes_what_it_had_not() {
+        let (hop, other) = (PeerId::random(), PeerId::random());
+        let mut repairs = Repairs::new(true);
+        repairs.filling.insert(hop, 0);
+        let mut goes_on = |peer: PeerId, index: u32| repairs.goes_on(peer, index, 3);
+        assert!(goes_on(hop, 0) && goes_on(hop, 2), "some may have been told of at once");
+        for (peer, index, why) in [
+            (hop, 2, "the same again"),
+            (hop, 0, "an old one"),
+            (hop, 3, "more than there are"),
+            (other, 0, "of nobody"),
+        ] {
+            assert!(!goes_on(peer, index), "{why}");
+        }
+    }
+
+    #[test]
+    fn a_repair_that_worked_leaves_the_next_loss_its_own_time_but_no_more_attempts() {
+        let full = SessionError::Fault {
+            peer: PeerId::random(),
+            blocks: 0..2,
+            code: proto::Code::CacheFull,
+            blame: proto::Blame::Nobody,
+            maybe_applied: false,
+            message: "full".to_owned(),
+        };
+        for (first, is_over) in [(lost(false), true), (lost(true), true), (full, false)] {
+            let mut repairs = Repairs { attempts: 3, since: Some(Instant::now()), ..Repairs::new(true) };
+            repairs.worked(&first);
+            assert_eq!((repairs.attempts, repairs.since.is_none()), (3, is_over), "{first}");
+        }
+    }
+
+    #[test]
+    fn a_long_link_has_the_time_that_its_round_trips_take() {
+        let ms = Duration::from_millis;
+        assert_eq!(reconnect_within(None), ms(500));
+        assert_eq!(reconnect_within(Some(ms(1))), ms(508));
+        assert_eq!(reconnect_within(Some(ms(150))), ms(1700));
+        assert_eq!(reconnect_within(Some(Duration::MAX)), LONGEST_RECONNECT);
+    }
 }
