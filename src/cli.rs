@@ -27,7 +27,7 @@ use std::{ffi::OsString, process::ExitCode};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 use self::output::{PrintError, say};
-use crate::{config, engine};
+use crate::{client::ClientError, config, engine};
 
 /// Run a language model together: many machines, each holding a part of it.
 #[derive(Debug, Parser)]
@@ -181,9 +181,19 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
         // It got what it wanted.
         Err(error) if matches!(error.downcast_ref(), Some(PrintError::ReaderGone)) => ExitCode::SUCCESS,
         Err(error) => {
-            say(format_args!("error: {error:#}"));
+            say(format_args!("error: {error:#}{}", fate_of_steps(&error)));
             if error.is::<arguments::Usage>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
+    }
+}
+
+/// Whether steps that have no answer were done all the same, where the error is about some: whoever tries again wants to know.
+fn fate_of_steps(error: &anyhow::Error) -> &'static str {
+    let about = error.chain().find_map(|cause| cause.downcast_ref::<ClientError>());
+    match about.and_then(ClientError::maybe_applied) {
+        Some(true) => " (some hops may have applied the steps that were under way)",
+        Some(false) => " (no hop has applied the steps that were under way)",
+        None => "",
     }
 }
 

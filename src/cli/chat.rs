@@ -144,11 +144,12 @@ async fn answer(
         Err(error) if error.is::<PrintError>() => Err(error),
         Err(error) => {
             print(format_args!("\n"))?;
+            let fate = super::fate_of_steps(&error);
             let way_out = match error.downcast_ref() {
                 Some(ClientError::Request(_)) => " (/reset starts anew)",
                 _ => "",
             };
-            say(format_args!("error: {error:#}{way_out}"));
+            say(format_args!("error: {error:#}{fate}{way_out}"));
             Ok(None)
         }
     }

@@ -149,7 +149,7 @@ pub(super) struct GenerationArgs {
     /// How long to wait for a swarm that does not have all blocks yet, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 0, value_parser = seconds(0))]
     wait: u64,
-    /// How long a step may take while all hops are alive, seconds.
+    /// How long a step may take while all hops are alive, and each part of what another peer is told that takes a lost one's place, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = seconds(1))]
     step_timeout: u64,
     /// How long to look for another peer where one is lost in the middle, seconds.
