@@ -90,19 +90,34 @@ const BEST_OF_A_BLOCK: usize = 6;
 /// Ways to the end that are kept for a block, where not all are weighed.
 const WAYS: usize = 6;
 
+/// Runs of blocks that a single search may look at: where peers with long spans have more, cuts lie on a grid, and the best may be missed.
+const MOST_RUNS: usize = 20_000;
+
 /// Once so many ways are weighed, no more branches are looked into where a peer would be entered twice: its entries are joined.
 const MOST_WEIGHED: usize = 300_000;
 
 /// The fastest route for a task, or `None` where the candidates don't cover its blocks.
 ///
 /// A single frame enters and leaves spans only where some span starts or ends: a cut elsewhere never pays, as block times are
-/// linear. With several, a cut anywhere may even out the hops; and where legs are known, a hop between two others may be worth a block.
+/// linear. With several, a cut anywhere may even out the hops; and where legs are known, a hop between two others may be worth a block
+/// of its own. Few candidates with spans of usual length are weighed exactly; a swarm that is too large for that in all that matters.
 pub fn choose(task: &Task<'_>) -> Option<Choice> {
     let later_frames = task.frames.saturating_sub(1) as f64;
     let promising = promising(&task.blocks, task.candidates, later_frames);
     let legs = KnownLegs::among(&promising, task.legs);
     let all: Vec<Runner<'_>> = promising.into_iter().map(Runner::of).collect();
-    let search = Search { task, later_frames, is_rough: task.candidates.len() > WEIGH_ALL, legs };
+    // With several frames, or known legs, a cut anywhere may pay; with these more ways are kept as well.
+    let cuts_anywhere = later_frames > 0.0 || legs.are_there;
+    let runs: usize =
+        all.iter().map(|runner| runner.span.len().pow(2) / 2).sum::<usize>() * (1 + 3 * usize::from(legs.are_there));
+    let grid = match (cuts_anywhere, runs.div_ceil(MOST_RUNS).max(1)) {
+        (false, _) => None,
+        (true, 1) => Some(1),
+        (true, _) if later_frames == 0.0 => None,
+        (true, times) => Some((times as f64).sqrt().ceil() as usize),
+    };
+    let is_rough = task.candidates.len() > WEIGH_ALL || grid.is_some_and(|grid| grid > 1);
+    let search = Search { task, later_frames, is_rough, legs, grid };
     let mut weighed = 0;
     let mut best: Option<(f64, Vec<Hop>)> = None;
     // Branches with the best that their ways may come to: none that is entered twice is as good as that.
@@ -296,6 +311,8 @@ struct Search<'a> {
     /// Keeps only [`WAYS`] ways, none of which enters a peer twice: nothing is left to branch on, and the best may be missed.
     is_rough: bool,
     legs: KnownLegs,
+    /// Cuts may lie at multiples of this many blocks; everywhere they may lie where spans start and end.
+    grid: Option<usize>,
 }
 
 impl Search<'_> {
@@ -350,12 +367,13 @@ impl Search<'_> {
 
     fn boundaries(&self, runners: &[Runner<'_>]) -> Vec<usize> {
         let blocks = &self.task.blocks;
-        if self.later_frames > 0.0 || (self.legs.are_there && !self.is_rough) {
+        if self.grid == Some(1) {
             return (blocks.start..=blocks.end).collect();
         }
         let of = |runner: &Runner<'_>| [runner.span.start, runner.span.end].into_iter().chain(runner.across.clone());
         let mut boundaries: Vec<usize> = runners.iter().flat_map(of).collect();
         boundaries.extend([blocks.start, blocks.end]);
+        boundaries.extend(self.grid.into_iter().flat_map(|grid| blocks.clone().step_by(grid)));
         boundaries.retain(|boundary| (blocks.start..=blocks.end).contains(boundary));
         boundaries.sort_unstable();
         boundaries.dedup();

@@ -203,3 +203,17 @@ fn a_large_swarm_takes_bounded_work() {
         assert!(told.weighed < 1_000_000, "{}", told.weighed);
     }
 }
+
+/// Two dozen peers that all serve everything are as much work as there can be with few.
+#[test]
+fn peers_that_serve_everything_take_bounded_work() {
+    let candidates: Vec<Candidate> =
+        large_swarm()[..WEIGH_ALL].iter().cloned().map(|candidate| Candidate { span: 0..128, ..candidate }).collect();
+    let legs: Legs = candidates.windows(2).map(|pair| ((pair[0].peer, pair[1].peer), 0.001)).collect();
+    for frames in [1, 32] {
+        for legs in [&Legs::new(), &legs] {
+            let choice = super::choose(&task(0..128, &candidates, frames, legs)).unwrap();
+            assert!(choice.weighed < 1_000_000, "{frames} frames: {}", choice.weighed);
+        }
+    }
+}
