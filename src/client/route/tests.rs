@@ -74,7 +74,8 @@ fn a_far_hop_is_as_far_at_the_end_as_at_the_beginning() {
     assert!((ends_far - begins_far).abs() < 1e-12, "{ends_far} {begins_far}");
     // A middling peer that serves all is nearer than both together, and than itself behind the near one.
     let all = candidate(0..8, 0.03, 0.0);
-    assert_eq!(spans(0..8, &[one[0].clone(), one[1].clone(), all], 1).unwrap(), [0..8]);
+    let found = spans(0..8, &[one[0].clone(), one[1].clone(), all], 1).unwrap();
+    assert!(matches!(&found[..], [span] if *span == (0..8)), "{found:?}");
 }
 
 #[test]
@@ -208,7 +209,7 @@ fn a_large_swarm_takes_bounded_work() {
 #[test]
 fn peers_that_serve_everything_take_bounded_work() {
     let candidates: Vec<Candidate> =
-        large_swarm()[..WEIGH_ALL].iter().cloned().map(|candidate| Candidate { span: 0..128, ..candidate }).collect();
+        large_swarm().into_iter().take(WEIGH_ALL).map(|candidate| Candidate { span: 0..128, ..candidate }).collect();
     let legs: Legs = candidates.windows(2).map(|pair| ((pair[0].peer, pair[1].peer), 0.001)).collect();
     for frames in [1, 32] {
         for legs in [&Legs::new(), &legs] {
