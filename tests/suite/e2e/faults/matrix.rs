@@ -7,6 +7,7 @@
 
 use std::{
     collections::HashSet,
+    ops::Range,
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
@@ -19,7 +20,7 @@ use helion::{
         session::{Input, Patience, Recovery, Session, Step, StepAnswer, Want},
     },
     engine::LaneRun,
-    swarm::{PeerId, ticket::SessionLimits},
+    swarm::{PeerId, Swarm, ticket::SessionLimits},
 };
 
 use super::super::{
@@ -100,22 +101,23 @@ impl Case {
 
 /// A node that everybody reaches through a link.
 struct FarHop {
-    /// Dropped first: what it kills no more connections come from.
     node: Server,
     link: LongLink,
+    /// Where it listens, and dials from.
     port: u16,
     /// How its process is started.
     args: Vec<String>,
 }
 
 impl FarHop {
-    fn start(scene: &Scene, blocks: &str) -> Self {
+    fn start(scene: &Scene, blocks: Range<usize>) -> Self {
+        let blocks = format!("{}:{}", blocks.start, blocks.end);
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let no_delay = Profile { one_way: Duration::ZERO, bits_per_second: None };
         let link = LongLink::start(([127, 0, 0, 1], port).into(), no_delay);
         let (listen, announce) = (format!("/ip4/127.0.0.1/tcp/{port}"), format!("/ip4/127.0.0.1/tcp/{}", link.port()));
         let key = scene.place.path().join(format!("{port}.key")).display().to_string();
-        let args = ["--blocks", blocks, "--host-maddrs", &listen, "--announce-maddrs", &announce];
+        let args = ["--blocks", &blocks, "--host-maddrs", &listen, "--announce-maddrs", &announce];
         let args: Vec<String> = args.iter().chain(&["--identity-path", &key]).map(ToString::to_string).collect();
         Self { node: scene.node(&args), link, port, args }
     }
@@ -140,10 +142,10 @@ impl Scene {
         self.place.node(&self.path, &self.bootstrap, &args)
     }
 
-    /// Where the blocks are cut.
-    fn cuts(&self) -> [usize; HOPS + 1] {
-        let blocks = self.model.spec().num_blocks();
-        std::array::from_fn(|hop| hop * blocks / HOPS)
+    /// The blocks of a hop.
+    fn blocks(&self, hop: usize) -> Range<usize> {
+        let all = self.model.spec().num_blocks();
+        hop * all / HOPS..(hop + 1) * all / HOPS
     }
 
     /// Rows that an undisturbed hop computes.
@@ -156,7 +158,7 @@ impl Scene {
 struct Stand {
     scene: Scene,
     hops: Vec<FarHop>,
-    spare: Server,
+    spare: FarHop,
 }
 
 /// What nodes have computed: rows of steps, rows of replays, and bytes that were replayed to others.
@@ -247,7 +249,7 @@ impl Generating<'_> {
         match self.case.fault {
             Fault::Killed | Fault::Lies(_) => return,
             Fault::Frozen => node.running.signal("CONT"),
-            Fault::CutOff | Fault::BlackHole => self.stand.hops.iter().for_each(|hop| hop.link.restore()),
+            Fault::CutOff | Fault::BlackHole => self.stand.all().for_each(|other| other.link.restore()),
         }
         // What had come before it was lost, it has taken when it answers.
         info(self.client, node).await;
@@ -298,57 +300,69 @@ impl Stand {
         let (model, reference) = (local_model(&path).await, reference(&path));
         let scene = Scene { place, bootstrap, path, model, reference };
         assert_eq!(scene.model.spec().position_boundary(), None, "all positions would change at some length");
-        let cuts = scene.cuts();
-        let hops = cuts.windows(2).map(|cut| FarHop::start(&scene, &format!("{}:{}", cut[0], cut[1]))).collect();
-        let spare = scene.node(&["--blocks".to_owned(), format!("0:{}", cuts[HOPS])]);
+        let hops = (0..HOPS).map(|hop| FarHop::start(&scene, scene.blocks(hop))).collect();
+        let spare = FarHop::start(&scene, 0..scene.model.spec().num_blocks());
         Self { scene, hops, spare }
     }
 
-    /// Takes a hop away from everybody.
+    fn all(&self) -> impl Iterator<Item = &FarHop> {
+        self.hops.iter().chain([&self.spare])
+    }
+
+    /// The nodes that are not lost; the last one is the spare.
+    fn stay(&self, case: &Case) -> Vec<&Server> {
+        self.all().enumerate().filter(|(hop, _)| *hop != case.hop).map(|(_, other)| &other.node).collect()
+    }
+
+    /// Takes a hop away from all others.
     fn cut_off(&self, hop: usize, trouble: Trouble) {
-        for (index, other) in self.hops.iter().enumerate() {
+        for (index, other) in self.all().enumerate() {
             let dialers = if index == hop { Dialers::All } else { Dialers::Port(self.hops[hop].port) };
             other.link.disturb(dialers, trouble);
         }
     }
 
-    /// Runs one case. The next one finds everything as it was.
-    async fn run(&mut self, case: Case) -> Duration {
-        let Reference { prompt, output: expected } = &self.scene.reference;
-        let patience = Patience { overdue: NOTICED / 2, pong: NOTICED / 2, ..Patience::default() };
-        let client = connect(self.scene.model.clone(), &self.scene.bootstrap, patience).await;
-        let cuts = self.scene.cuts();
-        let blocks = cuts[case.hop]..cuts[case.hop + 1];
-        let mut route: Vec<PeerId> = self.hops.iter().map(FarHop::peer).collect();
-        // Rows that the lost hop has answered for.
-        let had = match case.moment {
+    /// Rows that the lost hop has been answered for when it is lost.
+    fn had(&self, case: &Case) -> usize {
+        match case.moment {
             Moment::Opened => 0,
             Moment::Chunk(chunks) => chunks * CHUNK,
-            Moment::Token(tokens) => prompt.len() + tokens - 1,
-        };
-        let liar = match case.fault {
-            Fault::Lies(lie) => {
-                let chunks = had.min(prompt.len()).div_ceil(CHUNK);
-                let steps = chunks + had.saturating_sub(prompt.len());
-                let liar = Liar { lie, honest: steps as u64, blocks: blocks.clone() };
-                let swarm = liar.start(&self.scene.path, &self.scene.bootstrap, &client).await;
-                route[case.hop] = swarm.peer_id();
-                Some(swarm)
-            }
-            _ => None,
-        };
-        let lost = route[case.hop];
-        let spare: PeerId = self.spare.peer_id.parse().unwrap();
-        let allow: HashSet<PeerId> = route.iter().copied().chain([spare]).collect();
-        let client = client.with_rules(PeerRules { route, allow, ..PeerRules::default() });
-        let others = (0..HOPS).filter(|hop| *hop != case.hop).map(|hop| &self.hops[hop].node);
-        let stayed: Vec<&Server> = others.chain([&self.spare]).collect();
-
-        let before = counts(&client, &stayed).await;
-        let mut held = Vec::new();
-        for node in stayed.iter().copied().chain([&self.hops[case.hop].node]) {
-            held.push(self::held(&client, node).await);
+            Moment::Token(tokens) => self.scene.reference.prompt.len() + tokens - 1,
         }
+    }
+
+    /// Starts the hop that lies from its moment on, in place of an honest one.
+    async fn liar(&self, case: &Case, lie: Lie, client: &Client) -> Swarm {
+        let (prompt, had) = (self.scene.reference.prompt.len(), self.had(case));
+        let steps = had.min(prompt).div_ceil(CHUNK) + had.saturating_sub(prompt);
+        let liar = Liar { lie, honest: steps as u64, blocks: self.scene.blocks(case.hop) };
+        liar.start(&self.scene.path, &self.scene.bootstrap, client).await
+    }
+
+    /// Runs one case. The next one finds everything as it was. Returns the longest time without an answer.
+    async fn run(&mut self, case: Case) -> Duration {
+        let patience = Patience { overdue: NOTICED / 2, pong: NOTICED / 2, ..Patience::default() };
+        let client = connect(self.scene.model.clone(), &self.scene.bootstrap, patience).await;
+        let mut route: Vec<PeerId> = self.hops.iter().map(FarHop::peer).collect();
+        let mut liar = None;
+        if let Fault::Lies(lie) = case.fault {
+            let swarm = self.liar(&case, lie, &client).await;
+            route[case.hop] = swarm.peer_id();
+            liar = Some(swarm);
+        }
+        let lost = route[case.hop];
+        let allow: HashSet<PeerId> = route.iter().copied().chain([self.spare.peer()]).collect();
+        let client = client.with_rules(PeerRules { route, allow, ..PeerRules::default() });
+
+        let before = counts(&client, &self.stay(&case)).await;
+        // One that was cut off waits for its client to come back, and for longer than its case lasts.
+        let woken = case.is_silent().then_some(&self.hops[case.hop].node);
+        let checked: Vec<&Server> = self.stay(&case).into_iter().chain(woken).collect();
+        let mut held_before = Vec::new();
+        for node in &checked {
+            held_before.push(held(&client, node).await);
+        }
+        let Reference { prompt, output: expected } = &self.scene.reference;
         let limits = SessionLimits {
             max_lanes: 1,
             max_tokens: (prompt.len() + expected.len()) as u64,
@@ -365,34 +379,12 @@ impl Stand {
         assert!(disturbed.is_exact, "{case:?}");
         let recovered: Vec<_> =
             disturbed.recoveries.iter().map(|one| (one.hop, one.lost, one.replacement.clone())).collect();
-        assert_eq!(recovered, [(case.hop + 1, lost, vec![(spare, blocks)])], "{case:?}");
-        let after = counts(&client, &stayed).await;
-        let since: Vec<Counts> = before
-            .iter()
-            .zip(&after)
-            .map(|(before, after)| Counts {
-                tokens: after.tokens - before.tokens,
-                replayed: after.replayed - before.replayed,
-                bytes: after.bytes - before.bytes,
-            })
-            .collect();
-        let Some((new, others)) = since.split_last() else { unreachable!("there is a spare") };
-        for other in others {
-            assert_eq!((other.tokens, other.replayed), (self.scene.rows(), 0), "{case:?}: {since:?}");
-        }
-        assert_eq!(new.tokens + new.replayed, self.scene.rows(), "{case:?}: {since:?}");
-        // Of the chunks that are under way when a node is lost some may have been answered for as well.
-        let is_sharp = matches!(case.fault, Fault::Lies(_)) || !matches!(case.moment, Moment::Chunk(_));
-        let most = if is_sharp { had } else { prompt.len() };
-        assert!((had..=most).contains(&(new.replayed as usize)), "{case:?}: the lost hop had {had} rows: {since:?}");
-        let bytes: u64 = client.traffic().bytes_replayed() + since.iter().map(|counts| counts.bytes).sum::<u64>();
-        let row_bytes = 4 * self.scene.model.spec().hidden_size as u64;
-        assert_eq!(bytes, new.replayed * row_bytes, "{case:?}: {since:?}");
-        // One that was cut off waits for its client to come back, and for longer than this.
-        let woken = case.is_silent().then_some(&self.hops[case.hop].node);
-        for (node, before) in stayed.iter().copied().chain(woken).zip(&held) {
+        let replacement = vec![(self.spare.peer(), self.scene.blocks(case.hop))];
+        assert_eq!(recovered, [(case.hop + 1, lost, replacement)], "{case:?}");
+        self.only_what_was_lost_is_computed_again(&case, &client, &before).await;
+        for (node, before) in checked.iter().zip(&held_before) {
             let deadline = Instant::now() + HANG / 2;
-            while self::held(&client, node).await.iter().zip(before).any(|(is, was)| is > was) {
+            while held(&client, node).await.iter().zip(before).any(|(is, was)| is > was) {
                 assert!(Instant::now() < deadline, "{case:?}: something leaked: {before:?}");
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
@@ -406,6 +398,30 @@ impl Stand {
             hop.node = self.scene.node(&hop.args);
         }
         disturbed.longest_pause
+    }
+
+    /// Checks that the other hops computed every row once, and that the spare was told what the lost hop had, and nothing more.
+    async fn only_what_was_lost_is_computed_again(&self, case: &Case, client: &Client, before: &[Counts]) {
+        let mut since = counts(client, &self.stay(case)).await;
+        for (now, before) in since.iter_mut().zip(before) {
+            now.tokens -= before.tokens;
+            now.replayed -= before.replayed;
+            now.bytes -= before.bytes;
+        }
+        let Some((spare, others)) = since.split_last() else { unreachable!("there is a spare") };
+        for other in others {
+            assert_eq!((other.tokens, other.replayed), (self.scene.rows(), 0), "{case:?}: {since:?}");
+        }
+        assert_eq!(spare.tokens + spare.replayed, self.scene.rows(), "{case:?}: {since:?}");
+        // Of the chunks that are under way when a node is lost some may have been answered for as well.
+        let is_sharp = matches!(case.fault, Fault::Lies(_)) || !matches!(case.moment, Moment::Chunk(_));
+        let had = self.had(case);
+        let most = if is_sharp { had } else { self.scene.reference.prompt.len() };
+        assert!((had..=most).contains(&(spare.replayed as usize)), "{case:?}: it had {had} rows: {since:?}");
+        // The client tells a new first hop, and the hop in front any other.
+        let bytes: u64 = client.traffic().bytes_replayed() + since.iter().map(|counts| counts.bytes).sum::<u64>();
+        let row_bytes = 4 * self.scene.model.spec().hidden_size as u64;
+        assert_eq!(bytes, spare.replayed * row_bytes, "{case:?}: {since:?}");
     }
 }
 
