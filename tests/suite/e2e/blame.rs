@@ -10,7 +10,7 @@ use helion::swarm::{
 use proto::frame::Body;
 
 use super::{
-    harness::{Place, fixture},
+    harness::{HANG, Place, fixture},
     strangers::{Stranger, client, foreign_step, frame, limits, ticket},
 };
 
@@ -66,8 +66,14 @@ impl Scene {
     }
 
     async fn client_hears(&mut self) -> Body {
-        self.owner.frames.recv().await.unwrap().header.body.unwrap()
+        heard(&mut self.owner).await
     }
+}
+
+/// The next frame that a peer is sent.
+async fn heard(peer: &mut Stranger) -> Body {
+    let frame = tokio::time::timeout(HANG / 4, peer.frames.recv()).await;
+    frame.expect("nothing comes").unwrap().header.body.unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -123,7 +129,7 @@ async fn the_client_hears_of_every_part_of_a_replay_between_hops() {
         scene.send(false, &ticket, replay(index, vec![run(0, u64::from(index), 1)], 1), vec![0; ROW]).await;
         let told = Body::Replayed(proto::Replayed { index });
         assert_eq!(scene.client_hears().await, told);
-        assert_eq!(scene.before.frames.recv().await.unwrap().header.body.unwrap(), told);
+        assert_eq!(heard(&mut scene.before).await, told);
     }
 }
 

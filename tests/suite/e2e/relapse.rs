@@ -150,14 +150,16 @@ async fn a_replay_may_take_longer_than_a_step() {
 /// Its time is not over with that of the first loss.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replacement_that_is_lost_late_is_replaced() {
-    let recovery = Duration::from_millis(1500);
-    let scene = Scene::new(&[], 500, Patience { recovery, ..patience() }).await;
+    let recovery = Duration::from_secs(1);
+    let scene = Scene::new(&[], 300, Patience { recovery, step: HANG, ..patience() }).await;
+    // It doesn't answer, so that the client can't choose it before it wakes.
+    let spare = scene.place.node(&scene.model, &scene.bootstrap, &["--blocks", "2:4"]);
+    spare.running.signal("STOP");
     let far = scene.far("2:4").await;
     let generation = scene.generate(&[1]);
-    scene.is_told(&far.node, 16).await;
-    let spare = scene.place.node(&scene.model, &scene.bootstrap, &["--blocks", "2:4"]);
-    // By now it has been told for longer than a loss is waited for.
-    scene.is_told(&far.node, 208).await;
+    // By then it has been told for longer than a loss is waited for.
+    scene.is_told(&far.node, 160).await;
+    spare.running.signal("CONT");
     far.node.running.signal("KILL");
     let generation = generation.await.unwrap().unwrap();
     scene.goes_on(&generation, &[scene.peer(0), &spare.peer_id, scene.peer(2)]);
