@@ -1,13 +1,13 @@
 //! Choosing the next token from the model's logits.
 //!
 //! In this order: penalties, temperature, top-k, top-p, min-p, one draw. Each filter only finds a *cut* (a logit and an
-//! id, below which tokens are out), so nothing sorts the vocabulary, and a filter that lets everything through changes
-//! nothing at all.
+//! id, below which tokens are out), so nothing sorts the vocabulary, however flat the distribution is (top-k and top-p select, and sort
+//! a few dozens), and a filter that lets everything through changes nothing at all.
 //!
 //! **Replays are exact.** Token `n`'s random number is a function of the seed and `n` alone, so a generation that is
 //! taken up again after its first `n` tokens goes on as it would have. Penalties are computed in `f32` on the logits as
-//! they come, as transformers does; weights, sums and the draw in `f64` with an exponential of our own (`sampling/exact.rs`), so
-//! that equal logits give equal tokens on every machine.
+//! they come, as transformers does; weights and the draw in `f64` with an exponential of our own (`sampling/exact.rs`), and sums of weights
+//! in the order of ids or in integers, so that equal logits give equal tokens on every machine.
 
 mod exact;
 
@@ -16,8 +16,12 @@ use std::{
     collections::{HashMap, HashSet},
 };
 
-/// How many of the likeliest tokens top-p sorts at first; most nuclei are smaller.
+/// How many tokens top-p sorts; it looks among so many of the likeliest first, and most nuclei are smaller.
 const FIRST_NUCLEUS: usize = 64;
+
+/// The likeliest token's probability where top-p adds them up. With 2^23 tokens the sum is still below 2^64; what is below a unit
+/// is together less than a millionth of the likeliest.
+const MASS: f64 = (1u64 << 40) as f64;
 
 /// How tokens are chosen. The default is greedy: the likeliest token, always.
 #[derive(Debug, Clone, PartialEq)]
@@ -309,35 +313,41 @@ fn top_k(logits: &[f32], ids: &mut Vec<u32>, k: usize) -> Cut {
 
 /// The cut behind the smallest set of likeliest tokens, out of those within `cut`, that has the share `p` of their
 /// probability.
+///
+/// Probabilities are added up as integers: in whatever order that is done, the sums are the same. So the place of the cut can be closed in
+/// on: of the tokens that it is among, those of the better half are taken together, and then the cut is either among them or
+/// among the others. That reads about twice as many tokens as there are and sorts a handful, also where all are about as
+/// likely.
 fn top_p(logits: &[f32], weights: &[f64], ids: &mut Vec<u32>, (cut, p): (Cut, f64)) -> Cut {
+    let mass = |id: &u32| (weights[*id as usize] * MASS) as u64;
     let inside = |id: &u32| cut.keeps(logits[*id as usize], *id);
     let everything = 0..logits.len() as u32;
-    let total: f64 = everything.clone().filter(inside).map(|id| weights[id as usize]).sum();
-    // Tokens below this weight are together less than what may be left out, so the set is found without them.
-    let negligible = (1.0 - p) * total / logits.len() as f64 / 2.0;
+    let total: u64 = everything.clone().filter(inside).map(|id| mass(&id)).sum();
+    let mut missing = ((p * total as f64).ceil() as u64).clamp(1, total.max(1));
+    // Tokens below this are together no more than what may be left out, so the set is found without them.
+    let negligible = (total - missing.min(total)) / logits.len() as u64;
     ids.clear();
-    ids.extend(everything.filter(|id| inside(id) && weights[*id as usize] >= negligible));
-    let target = p * total;
-    let (mut sum, mut sorted) = (0.0, 0);
-    let mut last = cut;
-    while sorted < ids.len() {
-        // Sort the next few by rank, twice as many each time: most sets are small, and none costs a full sort.
-        let rest = &mut ids[sorted..];
-        let count = rest.len().min(sorted.max(FIRST_NUCLEUS));
-        if count < rest.len() {
-            rest.select_nth_unstable_by(count, by_rank(logits));
+    ids.extend(everything.filter(|id| inside(id) && mass(id) >= negligible));
+    let mut place = 0..ids.len();
+    // Most sets are small.
+    let mut middle = FIRST_NUCLEUS;
+    while place.len() > FIRST_NUCLEUS {
+        ids[place.clone()].select_nth_unstable_by(middle - place.start, by_rank(logits));
+        let better: u64 = ids[place.start..middle].iter().map(mass).sum();
+        if better >= missing {
+            place.end = middle;
+        } else {
+            missing -= better;
+            place.start = middle;
         }
-        rest[..count].sort_unstable_by(by_rank(logits));
-        for &id in &rest[..count] {
-            sum += weights[id as usize];
-            last = cut_at(logits, id);
-            if sum >= target {
-                return last;
-            }
-        }
-        sorted += count;
+        middle = place.start + place.len() / 2;
     }
-    last
+    ids[place.clone()].sort_unstable_by(by_rank(logits));
+    let last = ids[place].iter().find(|id| {
+        missing = missing.saturating_sub(mass(id));
+        missing == 0
+    });
+    last.map_or(cut, |id| cut_at(logits, *id))
 }
 
 #[cfg(test)]

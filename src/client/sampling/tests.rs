@@ -205,7 +205,58 @@ fn reference_support(logits: &[f32], top_k: usize, top_p: f64) -> Vec<u32> {
     ids
 }
 
+/// The cut of top-p, the plain way: all in order, until there is enough.
+fn plain_top_p(logits: &[f32], weights: &[f64], cut: Cut, p: f64) -> Cut {
+    let mut ids: Vec<u32> = (0..logits.len() as u32).filter(|id| cut.keeps(logits[*id as usize], *id)).collect();
+    ids.sort_by(by_rank(logits));
+    let masses: Vec<u64> = ids.iter().map(|id| (weights[*id as usize] * MASS) as u64).collect();
+    let target = p * masses.iter().sum::<u64>() as f64;
+    let mut sum = 0;
+    let last = masses.iter().position(|mass| {
+        sum += mass;
+        sum as f64 >= target
+    });
+    cut_at(logits, ids[last.unwrap_or(ids.len() - 1)])
+}
+
+/// Samplers keep what they need from token to token: a vocabulary's numbers are many.
+#[test]
+fn buffers_are_kept() {
+    let logits: Vec<f32> = (0..5_000).map(|id| (id as f32 * 0.7).sin()).collect();
+    let mut sampler = sampler(|o| (o.top_k, o.top_p, o.min_p, o.temperature) = (2_000, 0.95, 1e-6, 0.8));
+    sampler.sample(&logits).unwrap();
+    let places = |sampler: &Sampler| {
+        let Scratch { logits, weights, ids } = &sampler.scratch;
+        (logits.as_ptr(), weights.as_ptr(), ids.as_ptr())
+    };
+    let before = places(&sampler);
+    for _ in 0..50 {
+        sampler.sample(&logits).unwrap();
+        assert_eq!(places(&sampler), before);
+    }
+}
+
 proptest! {
+    #[test]
+    fn top_p_finds_the_cut_that_sorting_finds(
+        tenths in prop::collection::vec(-60i8..60, 1..2_000),
+        // From nearly flat to nearly certain.
+        temperature in prop::sample::select(vec![0.01, 0.3, 1.0, 5.0, 1e4]),
+        top_k in 0usize..3_000,
+        p in 0.001f64..1.0,
+    ) {
+        let logits: Vec<f32> = tenths.iter().map(|tenth| f32::from(*tenth) / 10.0).collect();
+        let top = logits.iter().copied().fold(f32::MIN, f32::max);
+        let mut weights = vec![0.0; logits.len()];
+        exact::weigh(&logits, f64::from(top), temperature, &mut weights);
+        let mut ids = Vec::new();
+        let all = Cut { logit: f32::MIN, id: u32::MAX };
+        let cut = if (1..logits.len()).contains(&top_k) { self::top_k(&logits, &mut ids, top_k) } else { all };
+        let found = top_p(&logits, &weights, &mut ids, (cut, p));
+        let expected = plain_top_p(&logits, &weights, cut, p);
+        prop_assert_eq!((found.logit, found.id), (expected.logit, expected.id));
+    }
+
     #[test]
     fn choices_are_within_the_filters(
         halves in prop::collection::vec(-20i8..20, 1..300),
