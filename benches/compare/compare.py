@@ -26,6 +26,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import gguf
+
 import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,13 +52,12 @@ torch.set_num_threads(int(sys.argv[2]))
 config = transformers.AutoConfig.from_pretrained(sys.argv[1])
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval()
 ids = (torch.arange(int(sys.argv[3])) * 7919 % config.vocab_size)[None]
-times = []
 with torch.inference_mode():
-    for _ in range(3):
+    for _ in range(2):
         started = time.perf_counter()
         model(ids, logits_to_keep=1, use_cache=True)
-        times.append(time.perf_counter() - started)
-print(json.dumps(ids.shape[1] / min(times[1:])))
+        took = time.perf_counter() - started
+print(json.dumps(ids.shape[1] / took))
 """
 
 
@@ -70,7 +71,7 @@ def arguments():
     parser.add_argument("--shapes", default=",".join(checkpoints.SHAPES), help="which shapes")
     parser.add_argument("--formats", default=",".join(FORMATS), help="which formats")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="what llama.cpp and torch get; Helion takes all")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="what each of the programs gets")
     parser.add_argument("--parts", default="engine,torch,network,rpc,memory", help="which comparisons")
     parser.add_argument("--quick", action="store_true", help="one shape, three rounds")
     parser.add_argument("--out", type=Path, help="every sample, as JSON")
@@ -117,7 +118,7 @@ def llama_engine(args, samples, path, key):
 
 def helion_engine(args, samples, path, key):
     report = json.loads(run([args.helion, "bench", "--model", path, "--dtype", "bf16", "--prefill", PROMPT, "--lanes",
-                             f"1,{LANES}", "--steps", STEPS, "--rounds", 1, "--json"]))
+                             f"1,{LANES}", "--steps", STEPS, "--rounds", 1, "--threads", args.threads, "--json"]))
     samples.add(report["prefill"][0]["tokens_per_second"], *key, "helion", "prefill")
     for line in report["decode"]:
         samples.add(line["tokens_per_second"], *key, "helion", line["lanes"])
@@ -171,13 +172,21 @@ def helion_network(args, samples, directory, key):
     samples.add(two["together"], *key, "together")
 
 
-def helion_memory(args, samples, shape, directory, key):
-    """What a node with all blocks takes, in bytes above its weights and its KV pool, after a prompt as long as its pool."""
+def block_bytes(path):
+    """What the tensors of the blocks take in a file."""
+    return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors if tensor.name.startswith("blk."))
+
+
+def helion_memory(args, samples, shape, files, key):
+    """What a node with all blocks, quantized as it loads them, takes in MiB above its weights and the part of its KV pool that a
+    prompt has used. It needs a tokenizer, which the GGUF file hasn't got; that one says how many bytes the format has."""
+    directory, path = files
+    quant = "auto" if key[-1] == "BF16" else key[-1].lower()
     with tempfile.TemporaryDirectory() as home:
         environment = os.environ | {"HELION_HOME": home, "RUST_LOG": "info"}
         node = subprocess.Popen(
-            [args.helion, "node", "serve", "--model", directory, "--dtype", "bf16", "--blocks", f"0:{shape.blocks}",
-             "--new-swarm", "--no-mdns", "--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--attn-cache-tokens", str(CACHE_TOKENS)],
+            [args.helion, "node", "serve", "--model", directory, "--dtype", "bf16", "--quant", quant, "--blocks",
+             f"0:{shape.blocks}", "--threads", str(args.threads), "--new-swarm", "--no-mdns", "--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--attn-cache-tokens", str(CACHE_TOKENS)],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
         try:
             address = next(line.split()[-1] for line in node.stdout if "--initial-peers" in line)
@@ -189,8 +198,7 @@ def helion_memory(args, samples, shape, directory, key):
             node.terminate()
             node.wait()
     resident, peak = (int(re.search(rf"{name}:\s+(\d+)", status)[1]) * 1024 for name in ["VmRSS", "VmHWM"])
-    matrices = sum(2 * rows * columns for name, _, (rows, columns), _ in
-                   (tensor for tensor in shape.tensors() if len(tensor[2]) == 2) if "layers" in name)
+    matrices = block_bytes(path)
     pool = 2 * 2 * CACHE_TOKENS * shape.blocks * shape.kv_heads * shape.head_size
     # The pool's pages take memory when they are first used.
     used = pool * (PROMPT + 16) // CACHE_TOKENS
@@ -226,10 +234,12 @@ def rows(args, samples):
         yield line(f"{name} BF16, 2 nodes on loopback / 1 process", of("two nodes"), of("in process"), LOOPBACK_BAR)
         yield line(f"{name} BF16, 2 nodes / llama.cpp RPC, 2 backends", of("two nodes"), of("rpc"), RPC_BAR)
         yield line(f"{name} BF16, {LANES} sessions / 1, 2 nodes", of("together"), of("two nodes"), SESSIONS_BAR)
-        above, peak = of("memory above"), of("peak above")
-        if above is not None:
+        for form in args.formats.split(","):
+            above, peak = (samples.median(name, form, what) for what in ["memory above", "peak above"])
+            if above is None:
+                continue
             verdict = "pass" if above <= MEMORY_ABOVE_MIB else "miss"
-            yield (f"| {name} a node's memory above weights and KV, MiB (at its peak) | {above:.0f} ({peak:.0f}) | | "
+            yield (f"| {name} {form} a node's memory above weights and KV, MiB (at its peak) | {above:.0f} ({peak:.0f}) | | "
                    f"| ≤ {MEMORY_ABOVE_MIB} | | {verdict} |")
 
 
@@ -255,7 +265,7 @@ def main():
                 for form, path in files.items():
                     llama_engine(args, samples, path, (name, form))
                     helion_engine(args, samples, path, (name, form))
-            if "torch" in parts and round == 0:
+            if "torch" in parts:
                 code = [sys.executable, "-c", TORCH, directory, args.threads, PROMPT]
                 samples.add(json.loads(run(code).splitlines()[-1]), name, "torch")
             if "network" in parts:
@@ -263,7 +273,8 @@ def main():
             if "rpc" in parts:
                 llama_rpc(args, samples, whole, (name,))
             if "memory" in parts and round == 0:
-                helion_memory(args, samples, shape, directory, (name,))
+                for form, path in files.items():
+                    helion_memory(args, samples, shape, (directory, path), (name, form))
         print(f"round {round + 1} of {args.rounds} done after {time.monotonic() - started:.0f} s", file=sys.stderr)
     if bus := samples.median("bus"):
         print(f"{args.threads} threads, the bus reads {bus / 1e9:.1f} GB/s; tokens a second, medians of {args.rounds} rounds\n")
