@@ -295,6 +295,18 @@ proptest! {
 
     #[test]
     #[cfg_attr(miri, ignore = "too slow")]
+    fn every_path_gives_what_the_numbers_say_for_any_shape(
+        layout in prop::sample::select(LAYOUTS.to_vec()),
+        rows in prop_oneof![1..20usize, 1..=300usize],
+        outputs in 1..=80usize,
+        blocks in 1..4usize,
+        seed in 0..u32::MAX,
+    ) {
+        check(layout, rows, outputs, blocks * multiple(layout), seed);
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "too slow")]
     fn a_row_has_the_same_bits_in_every_batch(
         layout in prop::sample::select(LAYOUTS.to_vec()),
         rows in 1..40usize,
