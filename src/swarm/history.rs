@@ -6,6 +6,14 @@
 //! module only counts and cuts them. Rows of steps that begin at different lengths are never put together where the model's
 //! positions depend on the length: a replay has to give the same positions as the steps did.
 //!
+//! # Why it is not a plane of the KV pages
+//!
+//! Rows are kept as the buffers that they were sent in: nothing is copied, or converted, and a replay sends them again. A plane would take
+//! a copy of each into the engine's memory and one out of it; its room would be set aside for every page from the start, in a format
+//! for all sessions, and these send theirs in formats of their own, some packed and some not at all (at the last hop). A client, which
+//! has no engine and no pages, keeps its token ids in the same way. What goes with pages goes
+//! with rows, too: rollback and lane copies here, admission by a bound on their bytes, hand-over row by row.
+//!
 //! # What was
 //!
 //! A replay gives the state after some step, and the steps behind it are sent again. By then they may have overwritten rows,
