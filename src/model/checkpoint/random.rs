@@ -13,9 +13,11 @@ use crate::model::Dtype;
 /// Numbers that are drawn; tensors repeat them. A prime, so that no two rows of a matrix are alike.
 const DRAWN: usize = 2_000_003;
 const BYTES: usize = size_of::<bf16>();
-/// Packed bytes run through so many values from [`FIRST_BYTE`] on: as exponents of MXFP4 they are numbers around one.
-const BYTE_VALUES: usize = 8;
-const FIRST_BYTE: usize = 118;
+/// Exponents of MXFP4 run through so many values from [`FIRST_EXPONENT`] on: with codes of up to 6 they make numbers of the size that
+/// others have, nothing of which is cut off at a limit.
+const EXPONENTS: usize = 3;
+const FIRST_EXPONENT: usize = 119;
+const SCALES: &str = "_scales";
 
 /// Some rows (entries of the first dimension) of a tensor.
 ///
@@ -55,7 +57,13 @@ pub(super) fn bytes(name: &str, shape: &[usize]) -> Result<Vec<u8>, CheckpointEr
     let length = shape.iter().try_fold(1usize, |product, size| product.checked_mul(*size)).ok_or_else(too_large)?;
     let mut bytes = Vec::new();
     bytes.try_reserve_exact(length).map_err(|_| too_large())?;
-    bytes.extend((0..length).map(|index| (FIRST_BYTE + index % BYTE_VALUES) as u8));
+    if name.ends_with(SCALES) {
+        bytes.extend((0..length).map(|index| (FIRST_EXPONENT + index % EXPONENTS) as u8));
+    } else {
+        // The lower bytes of the drawn numbers hold any bits.
+        let codes = drawn().as_chunks::<BYTES>().0.iter().map(|bytes| bytes[0]);
+        bytes.extend(codes.cycle().skip(offset(name) / BYTES).take(length));
+    }
     Ok(bytes)
 }
 
