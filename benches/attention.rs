@@ -2,7 +2,8 @@
 //!
 //! `cargo bench --bench attention`. The model is one block with small matrices, made on the spot, so that most of a step at a long
 //! context is attention; what a step takes at the shortest context is taken off. A decode step reads the whole cache once: its
-//! bytes a second are to be compared with those of the memory.
+//! bytes a second are to be compared with those of the memory, and its time must not grow faster than the bytes do, by
+//! more than a part that caches explain ([`MOST_GROWTH`]); the program fails where it does.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs, dead_code)]
 
 #[path = "../tests/suite/made.rs"]
@@ -21,7 +22,10 @@ use made::Shape;
 
 const SHAPE: Shape = Shape { hidden: 256, intermediate: 64, blocks: 1, heads: 4, kv_heads: 2, vocab: 32, shards: 1 };
 const LONGEST: usize = 32 << 10;
-const CONTEXTS: [usize; 5] = [64, 1 << 10, 4 << 10, 16 << 10, LONGEST - 64];
+const CONTEXTS: [usize; 6] = [64, 1 << 10, 4 << 10, GROWS_FROM, 16 << 10, LONGEST - 64];
+/// From this context on, a step that reads twice the bytes may take so many times twice the time.
+const GROWS_FROM: usize = 8 << 10;
+const MOST_GROWTH: f64 = 1.3;
 const PREFILL: usize = 512;
 /// Steps whose fastest counts.
 const STEPS: usize = 20;
@@ -37,8 +41,12 @@ fn main() {
     )
     .unwrap();
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
-    println!("| KV | prefill of {PREFILL}, ms | tokens of KV | decode, µs | more than at {}, µs | GB/s |", CONTEXTS[0]);
-    println!("|---|---|---|---|---|---|");
+    println!(
+        "| KV | prefill of {PREFILL}, ms | tokens of KV | decode, µs | more than at {}, µs | GB/s | time to bytes, from {GROWS_FROM} on |",
+        CONTEXTS[0]
+    );
+    println!("|---|---|---|---|---|---|---|");
+    let mut too_slow = Vec::new();
     for kv_dtype in [KvDtype::F32, KvDtype::Bf16, KvDtype::F16, KvDtype::Q8] {
         let options = EngineOptions {
             kv_dtype: Some(kv_dtype),
@@ -48,7 +56,7 @@ fn main() {
         let engine = Engine::load(&checkpoint, options, &mut |_, _| {}).unwrap();
         let prefill = (0..5).map(|_| step(&engine, engine.cache(0..1).unwrap(), 0, PREFILL).1).min().unwrap();
         let mut cache = engine.cache(0..1).unwrap();
-        let (mut end, mut shortest) = (0, Duration::ZERO);
+        let (mut end, mut shortest, mut from) = (0, Duration::ZERO, None);
         for tokens in CONTEXTS {
             while end < tokens {
                 let rows = (tokens - end).min(PREFILL);
@@ -66,15 +74,24 @@ fn main() {
             let head = kv_dtype.head_bytes(SHAPE.hidden / SHAPE.heads);
             let bytes = 2 * SHAPE.kv_heads * head * (tokens - CONTEXTS[0]);
             let more = best.saturating_sub(shortest);
+            let second = bytes as f64 / more.as_secs_f64().max(1e-9);
+            if tokens == GROWS_FROM {
+                from = Some(second);
+            }
+            // How much more time than at the first of these contexts a byte takes.
+            let growth = from.map(|from| from / second);
+            too_slow.extend(growth.filter(|growth| *growth > MOST_GROWTH).map(|growth| (kv_dtype, tokens, growth)));
             println!(
-                "| {kv_dtype} | {:.1} | {tokens} | {:.0} | {:.0} | {:.1} |",
+                "| {kv_dtype} | {:.1} | {tokens} | {:.0} | {:.0} | {:.1} | {} |",
                 prefill.as_secs_f64() * 1e3,
                 best.as_secs_f64() * 1e6,
                 more.as_secs_f64() * 1e6,
-                bytes as f64 / more.as_secs_f64().max(1e-9) / 1e9
+                second / 1e9,
+                growth.map_or(String::new(), |growth| format!("{growth:.2}"))
             );
         }
     }
+    assert!(too_slow.is_empty(), "grows faster than the bytes of the cache: {too_slow:?}");
 }
 
 /// Runs `tokens` rows from `position` on, and says how long that took.
