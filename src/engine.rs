@@ -17,8 +17,8 @@
 //! because every sum is taken in one order, which no width of vectors changes (`engine/kernels.rs`,
 //! `engine/attention/tile.rs`), the third because the residual stream is rounded to the session's wire format after every
 //! block, whether or not it travels. All hold bit for bit, for one checkpoint, engine dtype, format of the KV cache and wire
-//! dtype, and are tested in f32, bf16 and f16. (Of the machine one thing is left: the sines and cosines of rotary angles are the
-//! system library's, in f64.)
+//! dtype, and are tested in f32, bf16 and f16. Sines, cosines and exponentials are not the system library's either (`engine/rope.rs`,
+//! `engine/exp.rs`).
 //!
 //! The KV cache is kept in the engine's dtype, or in another that is asked for ([`KvDtype`]). Matrices that are floating
 //! point numbers are in the engine's dtype, too; norms and biases, which are small, in f32. Matrices that a checkpoint has in
@@ -26,6 +26,14 @@
 //! its own (`engine/matrix.rs`). What is computed inside a block is in f32, with one exception: an engine of bf16 or f16 rounds
 //! what it multiplies with matrices of q8_0, q4_0, q4_k, q6_k and mxfp4 to 8 bits, to multiply integers. An engine of f32
 //! never does.
+//!
+//! # Plain slices
+//!
+//! On the CPU nothing here is a tensor of candle's, which serves on CUDA (`engine/cuda.rs`). A custom operation of candle's gets its
+//! operands and allocates its result; but between two products a pass has several small things to do to the same rows,
+//! and does them while these are in the nearest cache, on the thread that has them there, into buffers that are kept from pass to pass
+//! (`engine/block.rs`). Weights lie in tiles that no stride describes, rows are interleaved as a kernel reads them, and the KV cache is
+//! written in place by page: to candle each would be a tensor of bytes that only these kernels understand.
 //!
 //! # Pages
 //!
@@ -107,7 +115,7 @@ use pass::{Pass, Span};
 use planes::KvPlanes;
 use schedule::Meeting;
 pub use snapshot::{ReadDone, Snapshot, TransferError, WriteDone};
-pub use threads::MAX_THREADS;
+pub use threads::{MAX_THREADS, ThreadsError};
 
 use crate::model::{Dtype, KvDtype, Quant, checkpoint::Checkpoint, spec::ModelSpec};
 
@@ -212,6 +220,7 @@ struct Shared {
     loaded: Loaded,
     kernel_path: String,
     queue: usize,
+    threads: usize,
 }
 
 /// How busy an engine is.
@@ -239,9 +248,14 @@ pub struct EngineLoad {
     pub rows: u64,
     /// Time in passes.
     pub busy: Duration,
-    /// Short steps (decode tokens, speculative runs) that more than one chunk of somebody's prompt was in the way of. None
+    /// Short steps (decode tokens, speculative runs) that were computed.
+    pub decodes: u64,
+    /// Those of them that more than one chunk of somebody's prompt was in the way of. None
     /// are, unless all short steps together are more than half a pass.
     pub late_decodes: u64,
+    /// Those that took longer than two passes of decode steps and one chunk of a prompt, from when they came, or had their pages,
+    /// until they were answered. A machine that is busy with other things makes some.
+    pub slow_decodes: u64,
 }
 
 impl Engine {
@@ -274,7 +288,8 @@ impl Engine {
         }
         let kv_dtype = kv_dtype.unwrap_or(dtype.into());
         let pages = check_cache(&spec, &span, kv_dtype, (cache_tokens, &target))?;
-        let mut source = Source::new(checkpoint, dtype, quant);
+        let threads = threads::pool("engine", threads)?;
+        let mut source = Source::new(checkpoint, dtype, quant, Some(&threads));
         let (path, blocks): (String, Box<dyn Pass>) = match target {
             Target::Cpu => {
                 let cache = (kv_dtype, pages as usize);
@@ -292,6 +307,7 @@ impl Engine {
                 let path = cuda::path(&device);
                 let cache = (device, pages as usize);
                 let blocks = cuda::DeviceSpan::load(&spec, span.clone(), cache, &mut source, progress)?;
+                source.has_forms_of_its_own();
                 (path, Box::new(blocks))
             }
         };
@@ -299,12 +315,12 @@ impl Engine {
         let loaded = source.finish();
         let meeting = if span.start == 0 { Meeting::FirstHop } else { Meeting::LaterHop };
         let desk = Arc::new(Desk::new(pages, kept_bytes, meeting));
-        let threads = threads::pool("engine", threads)?;
         let batcher = Batcher::new(desk.clone(), blocks, batch_tokens);
+        let count = threads.current_num_threads();
         // What was spawned keeps the pool alive. The batcher is one of its workers, so that it can share a product with
         // the others without handing over and waking up.
         threads.spawn(move || batcher.run());
-        let shared = Shared { desk, spec, span, dtype, kv_dtype, loaded, kernel_path, queue };
+        let shared = Shared { desk, spec, span, dtype, kv_dtype, loaded, kernel_path, queue, threads: count };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -328,6 +344,11 @@ impl Engine {
         self.shared.kv_dtype
     }
 
+    /// Threads that compute.
+    pub fn threads(&self) -> usize {
+        self.shared.threads
+    }
+
     /// Bytes that the span's weights take in memory.
     pub fn loaded_bytes(&self) -> u64 {
         self.shared.loaded.bytes
@@ -337,6 +358,13 @@ impl Engine {
     /// format that most bytes of the packed ones are in (`q8_0`, `q4_k`, `mxfp4`, `fp8`, `int4`, …).
     pub fn quantization(&self) -> &'static str {
         self.shared.loaded.quantization
+    }
+
+    /// The settings of [`EngineOptions::quant`] under each of which all matrices of the span would be kept just as they are, the one
+    /// that was asked for among them. Engines on one checkpoint that have one in common keep their blocks' matrices alike; that both have the same
+    /// [`Engine::quantization`] doesn't say so.
+    pub fn quant_settings(&self) -> &[Quant] {
+        &self.shared.loaded.settings
     }
 
     /// What the arithmetic runs on, as one word: `cpu`, on which results have the same bits whatever the instruction set, or CUDA
@@ -394,7 +422,9 @@ impl Engine {
             passes: state.counts.passes,
             rows: state.counts.rows,
             busy: state.counts.busy,
+            decodes: state.counts.decodes,
             late_decodes: state.counts.late_decodes,
+            slow_decodes: state.counts.slow_decodes,
         }
     }
 

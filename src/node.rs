@@ -374,6 +374,7 @@ async fn begin(
     sessions.serve(Host { engine: engine.clone(), swarm: swarm.downgrade(), hosted });
     announcement.state = State::Online;
     announcement.quant = engine.quantization().to_owned();
+    announcement.quant_settings = engine.quant_settings().iter().map(Quant::to_string).collect();
     announcement.kernel_path = engine.kernel_path().to_owned();
     announcement.compute_tokens_per_second = tokens_per_second;
     update_load(&mut announcement, &engine);

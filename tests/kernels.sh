@@ -3,6 +3,7 @@
 # with every access to memory checked. They are built as a small crate of their own around the same sources, which takes a minute:
 # the whole one has 500 dependencies.
 #
+#   tests/kernels.sh check          whether it can still be built
 #   tests/kernels.sh miri [TEST…]   AVX2, AVX-512 and VNNI, interpreted: kernels::tests::operations, and what else is asked for
 #                                   (rustup toolchain install nightly --component miri,rust-src)
 #   tests/kernels.sh asan [TEST…]   on this machine's own, with the address sanitizer (a nightly toolchain)
@@ -16,7 +17,9 @@ home=${KERNELS_HOME:-$root/target/kernels}
 mkdir -p "$home/src/engine/matrix" "$home/src/engine/attention" "$home/src/model/checkpoint" "$home/candle/src"
 cd "$home"
 
-for file in floats.rs kernels.rs kernels exp.rs product.rs alibi.rs pages.rs planes.rs matrix.rs matrix/blocks.rs matrix/k_blocks.rs \
+# With the versions that the whole crate is built with.
+cp "$root/Cargo.lock" Cargo.lock
+for file in floats.rs kernels.rs kernels exp.rs product.rs threads.rs alibi.rs pages.rs planes.rs matrix.rs matrix/blocks.rs matrix/k_blocks.rs \
     matrix/fp8.rs matrix/grouped.rs attention/kernel.rs attention/tile.rs attention/tests.rs; do
     ln -sfn "$root/src/engine/$file" "src/engine/$file"
 done
@@ -58,6 +61,7 @@ pub mod engine {
     mod pages;
     mod planes;
     mod product;
+    mod threads;
 }
 pub mod model {
     pub mod dtype;
@@ -130,6 +134,10 @@ pub mod cpu { pub mod erf { pub fn erf_f64(x: f64) -> f64 { libm::erf(x) } } }
 END
 
 case $how in
+check)
+    # Warnings are of what the whole crate uses and this one doesn't.
+    RUSTFLAGS="${RUSTFLAGS:-} -Awarnings" cargo check --release --lib --tests
+    ;;
 miri)
     [ $# -gt 0 ] || set -- kernels::tests::operations
     export RUSTFLAGS="-Ctarget-feature=+avx2,+fma,+f16c,+bmi1,+bmi2,+lzcnt,+popcnt,+avxvnni,+avx512f,+avx512bw,+avx512cd,+avx512dq,+avx512vl,+avx512vnni"

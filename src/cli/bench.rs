@@ -203,8 +203,7 @@ fn measure(measured: &Measured, args: &BenchArgs, model: String, weights: Weight
         Some(edges) => Speed::of_model(engine, edges),
         None => Speed::of_blocks(engine),
     };
-    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = args.threads.unwrap_or_else(cores);
+    let threads = engine.threads();
     let progress = Progress::new("measuring");
     let of = (args.rounds * (args.prefill.len() + args.lanes.len() + 1)) as u64;
     let mut done = 0;

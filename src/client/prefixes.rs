@@ -23,6 +23,7 @@ use crate::{
     model::{Dtype, fingerprint::Fingerprint},
     swarm::{
         WireCodec,
+        announcement::arithmetic::Arithmetic,
         prefix::{KEY_BYTES, MOST_KEYS},
     },
 };
@@ -92,11 +93,9 @@ impl TenantSecret {
         };
         text(&of.wire_dtype.to_string());
         text(&of.wire_codec.to_string());
-        for Kind { start, dtype, quant, kernel_path } in &of.kinds.0 {
+        for Kind { start, arithmetic } in &of.kinds.0 {
             text(&start.to_string());
-            text(&dtype.to_string());
-            text(quant);
-            text(kernel_path);
+            arithmetic.words().for_each(|word| text(&word));
         }
         *hasher.finalize().as_bytes()
     }
@@ -115,14 +114,12 @@ pub(crate) struct Context {
     pub(crate) kinds: Kinds,
 }
 
-/// How the blocks from `start` on are computed: what peers that compute alike have in common. The format of the KV cache is in
-/// the kernel path.
+/// How the blocks from `start` on are computed: what all of their peers have in common. The format of the KV cache is in the kernel
+/// path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Kind {
     start: usize,
-    dtype: Dtype,
-    quant: String,
-    kernel_path: String,
+    arithmetic: Arithmetic,
 }
 
 /// How the blocks of a route are computed, from the first on. Where it is cut between hops that compute alike doesn't matter.
@@ -131,15 +128,16 @@ pub(crate) struct Kinds(Vec<Kind>);
 
 impl Kinds {
     pub(crate) fn of<'a>(hops: impl IntoIterator<Item = &'a RouteHop>) -> Self {
-        let mut hops: Vec<&RouteHop> = hops.into_iter().collect();
-        hops.dedup_by(|next, first| next.announcement.computes_like(&first.announcement));
-        let kinds = hops.into_iter().map(|hop| Kind {
-            start: hop.blocks.start,
-            dtype: hop.announcement.dtype,
-            quant: hop.announcement.quant.clone(),
-            kernel_path: hop.announcement.kernel_path.clone(),
-        });
-        Self(kinds.collect())
+        let mut kinds: Vec<Kind> = Vec::new();
+        for hop in hops {
+            let arithmetic = Arithmetic::of(&hop.announcement);
+            let common = kinds.last().and_then(|kind| kind.arithmetic.clone().with(&arithmetic));
+            match (kinds.last_mut(), common) {
+                (Some(kind), Some(common)) => kind.arithmetic = common,
+                _ => kinds.push(Kind { start: hop.blocks.start, arithmetic }),
+            }
+        }
+        Self(kinds)
     }
 }
 

@@ -45,7 +45,7 @@ use crate::{
     model::Dtype,
     swarm::{
         Frame, Link, WireCodec,
-        announcement::Announcement,
+        announcement::{Announcement, arithmetic::compute_alike},
         clean,
         history::{History, Place, Rows},
         proto::{announcement, session as proto},
@@ -109,7 +109,7 @@ impl Route {
 
     /// Whether all hops compute alike, so that where the cuts lie can't change a token.
     pub fn is_uniform(&self) -> bool {
-        self.hops.windows(2).all(|pair| pair[0].announcement.computes_like(&pair[1].announcement))
+        compute_alike(self.hops.iter().map(|hop| &hop.announcement))
     }
 }
 

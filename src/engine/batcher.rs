@@ -38,12 +38,23 @@ pub(super) struct Batcher {
     waiting: VecDeque<Pending>,
     /// Steps that have all their pages.
     ready: Vec<Active>,
+    /// Buffers that are kept from pass to pass, empty in between.
+    buffers: Buffers,
+}
+
+#[derive(Default)]
+struct Buffers {
+    demands: Vec<Demand>,
+    segments: Vec<Segment<'static>>,
+    finished: Vec<(Active, Option<StepError>)>,
 }
 
 /// A step that has its pages.
 struct Active {
     job: Job,
     submitted: Instant,
+    /// From when on the schedule answers for its waiting: when it came, or, where pages were wanting, when it had them.
+    since: Instant,
     /// To be made in the first pass.
     copies: Vec<PageCopy>,
     /// When its first pass began.
@@ -60,20 +71,14 @@ struct Active {
 impl Batcher {
     /// A batcher with passes of at most `budget` rows.
     pub(super) fn new(desk: Arc<Desk>, span: Box<dyn Pass>, budget: usize) -> Self {
-        Self { desk, span, schedule: Schedule::new(budget), waiting: VecDeque::new(), ready: Vec::new() }
+        let (schedule, buffers) = (Schedule::new(budget), Buffers::default());
+        Self { desk, span, schedule, waiting: VecDeque::new(), ready: Vec::new(), buffers }
     }
 
     /// Works until the engine is closed.
     pub(super) fn run(mut self) {
         while self.fetch() {
-            self.transfer();
-            self.discard();
-            let demands: Vec<Demand> = self.ready.iter().map(Active::demand).collect();
-            let others_decode = self.desk.lock().gather.expects_more(Instant::now());
-            let shares = self.schedule.divide(&demands, others_decode);
-            if !shares.is_empty() {
-                self.pass(&shares);
-            }
+            self.turn();
         }
         for pending in self.waiting {
             refuse(pending.job, StepError::Cancelled);
@@ -83,6 +88,19 @@ impl Batcher {
         }
         let transfers = std::mem::take(&mut self.desk.lock().transfers);
         transfers.into_iter().for_each(Transfer::refuse);
+    }
+
+    /// What there is to do once there is something.
+    fn turn(&mut self) {
+        self.transfer();
+        self.discard();
+        self.buffers.demands.clear();
+        self.buffers.demands.extend(self.ready.iter().map(Active::demand));
+        let others_decode = self.desk.lock().gather.expects_more(Instant::now());
+        let shares = self.schedule.divide(&self.buffers.demands, others_decode);
+        if !shares.is_empty() {
+            self.pass(&shares);
+        }
     }
 
     /// One of the sessions that come or go has some of its pages moved. No more than that between two passes: nobody's next token
@@ -112,12 +130,11 @@ impl Batcher {
                 return false;
             }
             self.admit(&mut state);
-            if !state.transfers.is_empty() {
-                return true;
-            }
-            let now = Instant::now();
-            if !self.ready.is_empty() {
-                let Some(until) = self.company(&mut state, now) else {
+            let (now, moves) = (Instant::now(), !state.transfers.is_empty());
+            if moves || !self.ready.is_empty() {
+                let until = if moves { None } else { self.company(&mut state, now) };
+                let Some(until) = until else {
+                    // Whatever ended it, the steps have waited as if for a chunk.
                     if has_waited {
                         self.schedule.waited(now);
                     }
@@ -171,12 +188,14 @@ impl Batcher {
                     continue;
                 };
                 if let Some(Pending { mut job, submitted, starved }) = self.waiting.remove(index) {
+                    let since = if starved { Instant::now() } else { submitted };
                     // What it waited for until it had its pages isn't the schedule's to answer for.
                     let met_chunk = !starved && self.schedule.was_in_the_way(submitted);
                     let copies = job.cache.table.extend(&job.lanes, pages, &state.pages);
                     self.ready.push(Active {
                         job,
                         submitted,
+                        since,
                         copies,
                         began: None,
                         done: 0,
@@ -233,12 +252,12 @@ impl Batcher {
             }
         }
         drop(state);
-        let segments: Vec<Segment<'_>> =
-            shares.iter().map(|share| self.ready[share.step].segment(share.rows)).collect();
+        let mut segments = emptied(std::mem::take(&mut self.buffers.segments));
+        segments.extend(shares.iter().map(|share| self.ready[share.step].segment(share.rows)));
         let span = &mut self.span;
         let processor = ThreadTime::try_now().ok().filter(|_| span.is_on_processor());
         let outcomes = catch_unwind(AssertUnwindSafe(|| span.run(&segments)));
-        drop(segments);
+        self.buffers.segments = emptied(segments);
         for share in shares {
             self.ready[share.step].copies.clear();
         }
@@ -270,7 +289,7 @@ impl Batcher {
         };
 
         // From the back, so that a removal doesn't move the steps that are still to come.
-        let mut finished = Vec::new();
+        let mut finished = std::mem::take(&mut self.buffers.finished);
         for (share, result) in shares.iter().zip(results).rev() {
             let active = &mut self.ready[share.step];
             active.computed += took;
@@ -288,9 +307,10 @@ impl Batcher {
                 Err(message) => finished.push((self.ready.remove(share.step), Some(StepError::Internal(message)))),
             }
         }
-        for (active, error) in finished.into_iter().rev() {
+        for (active, error) in finished.drain(..).rev() {
             self.finish(active, error);
         }
+        self.buffers.finished = finished;
     }
 
     fn finish(&self, active: Active, error: Option<StepError>) {
@@ -298,13 +318,19 @@ impl Batcher {
             return active.give_up(error);
         }
         let (is_short, step) = (active.is_short(), active.here());
-        let Active { mut job, submitted, began, output, computed, chunks, .. } = active;
+        let Active { mut job, submitted, since, began, output, computed, chunks, .. } = active;
         self.desk.give_back(job.cache.table.commit(&job.lanes));
         let mut state = self.desk.lock();
         state.counts.steps += 1;
         state.counts.tokens += job.hidden.rows as u64;
-        state.gather.stepped(step, is_short, Instant::now());
-        state.counts.late_decodes += u64::from(is_short && chunks > 1);
+        let now = Instant::now();
+        state.gather.stepped(step, is_short, now);
+        if is_short {
+            let is_slow = now.saturating_duration_since(since) > self.schedule.decode_gap();
+            state.counts.decodes += 1;
+            state.counts.late_decodes += u64::from(chunks > 1);
+            state.counts.slow_decodes += u64::from(is_slow);
+        }
         drop(state);
         let HiddenStates { dtype, hidden, .. } = job.hidden;
         let rows = output.len() / (hidden * dtype.size_in_bytes());
@@ -390,6 +416,13 @@ impl Active {
         }
         self.done += rows;
     }
+}
+
+/// The same memory for other segments.
+fn emptied<'a>(mut segments: Vec<Segment<'_>>) -> Vec<Segment<'a>> {
+    segments.clear();
+    // Nothing is left to be mapped, and the standard library collects into the memory that it collects from.
+    segments.into_iter().filter_map(|_| None).collect()
 }
 
 /// The runs of `lanes` that have a part in rows `first..first + count` of the step, and these parts.

@@ -181,8 +181,10 @@ pub(super) struct Counts {
     pub(super) rows: u64,
     /// In passes.
     pub(super) busy: Duration,
-    /// See [`EngineLoad`](super::EngineLoad).
+    /// See [`EngineLoad`](super::EngineLoad), likewise the next two.
+    pub(super) decodes: u64,
     pub(super) late_decodes: u64,
+    pub(super) slow_decodes: u64,
 }
 
 impl DeskState {

@@ -1,7 +1,7 @@
 //! The edges of a model: what turns token ids into hidden states in front of the first block, and hidden states into
 //! logits behind the last. A client holds them; nodes don't need them.
 
-use std::sync::Arc;
+use std::{cell::RefCell, sync::Arc};
 
 use super::{
     DeviceChoice,
@@ -18,6 +18,11 @@ use crate::model::{
     checkpoint::Checkpoint,
     spec::{HeadSpec, LinearSpec},
 };
+
+thread_local! {
+    /// A row of an embedding, and room to widen it.
+    static ROW: RefCell<(Vec<f32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+}
 
 /// How to load the edges.
 #[derive(Debug, Clone)]
@@ -93,7 +98,7 @@ impl Edges {
         let threads = options.threads.map(|count| threads::pool("head", Some(count))).transpose()?;
         let spec = checkpoint.spec();
         let (width, vocab) = (spec.hidden_size, spec.vocab_size);
-        let mut source = Source::new(checkpoint, options.dtype, options.quant);
+        let mut source = Source::new(checkpoint, options.dtype, options.quant, threads.as_ref());
         let table =
             LinearSpec { weight: spec.edges.embedding.clone(), bias: None, outputs: vocab, inputs: width, rows: None };
         let embedding = Arc::new(source.large_matrix(&table)?);
@@ -112,13 +117,14 @@ impl Edges {
         let embedding_norm = embedding_norm.map(|norm| Norm::load(norm, width, &mut source)).transpose()?;
         let norm = Norm::load(&spec.edges.final_norm, width, &mut source)?;
         let soft_cap = spec.edges.logit_soft_cap.map(|cap| cap as f32);
+        let loaded_bytes = source.finish().bytes;
         Ok(Self {
             embedding,
             scale,
             dtype: options.dtype,
             embedding_norm,
             head: Head { norm, linear, soft_cap, hidden: width, vocab, threads, desk: Arc::new(Desk::default()) },
-            loaded_bytes: source.finish().bytes,
+            loaded_bytes,
         })
     }
 
@@ -141,19 +147,24 @@ impl Edges {
             return Err(EdgeError::UnknownToken { id, vocab: self.vocab() });
         }
         let width = self.head.hidden;
-        let mut scratch = vec![0.0; width];
-        let mut values = Vec::with_capacity(ids.len() * width);
-        for id in ids.iter().map(|id| *id as usize) {
-            values.extend_from_slice(self.embedding.widen(id..id + 1, &mut scratch));
-        }
-        if let Some(scale) = self.scale {
-            values.iter_mut().for_each(|value| *value *= scale);
-            hidden::round(self.dtype, &mut values);
-        }
-        if let Some(norm) = &self.embedding_norm {
-            norm.normalise(&mut values);
-        }
-        Ok(HiddenStates::from_f32(wire, width, &values))
+        // What the states travel in: one allocation, which is the message itself.
+        let mut bytes = Vec::with_capacity(ids.len() * width * wire.size_in_bytes());
+        ROW.with_borrow_mut(|(row, scratch)| {
+            row.resize(width, 0.0);
+            scratch.resize(width, 0.0);
+            for id in ids.iter().map(|id| *id as usize) {
+                row.copy_from_slice(self.embedding.widen(id..id + 1, scratch));
+                if let Some(scale) = self.scale {
+                    row.iter_mut().for_each(|value| *value *= scale);
+                    hidden::round(self.dtype, row);
+                }
+                if let Some(norm) = &self.embedding_norm {
+                    norm.normalise(row);
+                }
+                hidden::encode(wire, row, &mut bytes);
+            }
+        });
+        Ok(HiddenStates { dtype: wire, rows: ids.len(), hidden: width, bytes: bytes.into() })
     }
 
     /// Logits behind the last block, `[rows, vocab]`, row-major. Calls of several threads that meet here are computed together,

@@ -1,8 +1,10 @@
 //! Reading a span's weights.
 
-use std::{collections::BTreeMap, io};
+use std::collections::BTreeMap;
 
-use super::{matrix::Matrix, pages::PAGE_TOKENS, tensor, threads::MAX_THREADS};
+use rayon::ThreadPool;
+
+use super::{matrix::Matrix, pages::PAGE_TOKENS, tensor, threads::ThreadsError};
 use crate::model::{
     Dtype, Quant,
     checkpoint::{BlockFormat, BlockMatrix, Checkpoint, CheckpointError, StoredMatrix},
@@ -48,15 +50,9 @@ pub enum LoadError {
         /// What is wrong with it.
         reason: String,
     },
-    /// So many threads there can't be.
-    #[error("{count} threads were asked for: give a number from 1 to {}", MAX_THREADS)]
-    ThreadCount {
-        /// How many were asked for.
-        count: usize,
-    },
-    /// No thread could be started.
-    #[error("the engine's threads can't be started: {0}")]
-    Threads(io::Error),
+    /// There are no threads to compute on.
+    #[error(transparent)]
+    Threads(#[from] ThreadsError),
     /// A tensor has an impossible layout.
     #[error("tensor library: {0}")]
     Tensor(#[from] candle_core::Error),
@@ -78,6 +74,9 @@ pub(super) struct Source<'a> {
     packed: BTreeMap<&'static str, u64>,
     /// How many matrices were too narrow for the format asked for, by what they are kept in.
     narrow: BTreeMap<String, usize>,
+    settings: Settings,
+    /// Who converts and packs; the process's own threads where there is no pool.
+    threads: Option<&'a ThreadPool>,
 }
 
 /// What has been loaded.
@@ -86,11 +85,45 @@ pub(super) struct Loaded {
     pub(super) bytes: u64,
     /// What most of the packed matrices' bytes are packed in, or `none`.
     pub(super) quantization: &'static str,
+    /// The settings under each of which all matrices would be kept just as they are; the one that was asked for is among them.
+    pub(super) settings: Vec<Quant>,
+}
+
+/// Which settings come to the same as the one asked for, for the matrices so far.
+struct Settings {
+    asked: Quant,
+    alike: Vec<Quant>,
+}
+
+impl Settings {
+    fn new(asked: Quant) -> Self {
+        Self { asked, alike: Quant::ALL.to_vec() }
+    }
+
+    /// One more matrix, by what the checkpoint has it packed in, if it is, and its columns.
+    fn note(&mut self, stored: Option<&'static str>, columns: usize) {
+        let kept = |quant: Quant| {
+            let format = quant.format_for(columns).map(BlockFormat::name);
+            format.or_else(|| stored.filter(|_| quant == Quant::Auto))
+        };
+        let asked = kept(self.asked);
+        self.alike.retain(|quant| kept(*quant) == asked);
+    }
 }
 
 impl<'a> Source<'a> {
-    pub(super) fn new(checkpoint: &'a Checkpoint, dtype: Dtype, quant: Quant) -> Self {
-        Self { checkpoint, dtype, quant, loaded_bytes: 0, packed: BTreeMap::new(), narrow: BTreeMap::new() }
+    /// A source of what `checkpoint` has. `threads` convert and pack; those of the process where there are none.
+    pub(super) fn new(checkpoint: &'a Checkpoint, dtype: Dtype, quant: Quant, threads: Option<&'a ThreadPool>) -> Self {
+        Self {
+            checkpoint,
+            dtype,
+            quant,
+            loaded_bytes: 0,
+            packed: BTreeMap::new(),
+            narrow: BTreeMap::new(),
+            settings: Settings::new(quant),
+            threads,
+        }
     }
 
     /// Bytes of memory that what was loaded takes.
@@ -107,7 +140,8 @@ impl<'a> Source<'a> {
             );
         }
         let most = self.packed.iter().max_by_key(|(_, bytes)| **bytes);
-        Loaded { bytes: self.loaded_bytes, quantization: most.map_or("none", |(format, _)| *format) }
+        let quantization = most.map_or("none", |(format, _)| *format);
+        Loaded { bytes: self.loaded_bytes, quantization, settings: self.settings.alike }
     }
 
     /// What weights are read from.
@@ -126,6 +160,12 @@ impl<'a> Source<'a> {
     #[cfg(any(test, feature = "cuda"))]
     pub(super) fn quant(&self) -> Quant {
         self.quant
+    }
+
+    /// What was loaded is in forms that only the setting asked for tells: no other is known to come to the same.
+    #[cfg(any(test, feature = "cuda"))]
+    pub(super) fn has_forms_of_its_own(&mut self) {
+        self.settings.alike = vec![self.quant];
     }
 
     /// A vector in f32.
@@ -165,8 +205,21 @@ impl<'a> Source<'a> {
 
     /// A matrix, kept in what the options say.
     pub(super) fn matrix(&mut self, part: &LinearSpec) -> Result<Matrix, LoadError> {
-        let matrix = self.convert(Matrix::new(&part.weight, self.checkpoint.matrix(part)?)?)?;
+        let matrix = self.convert(self.read(part)?)?;
         Ok(self.packed(matrix))
+    }
+
+    /// A matrix as the checkpoint has it.
+    fn read(&self, part: &LinearSpec) -> Result<Matrix, LoadError> {
+        let checkpoint = self.checkpoint;
+        self.on_threads(|| Matrix::new(&part.weight, checkpoint.matrix(part)?))
+    }
+
+    fn on_threads<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        match self.threads {
+            Some(threads) => threads.install(work),
+            None => work(),
+        }
     }
 
     /// The same, for a matrix that is perhaps too large to be held twice: if it has to be converted, some rows at a time.
@@ -175,27 +228,28 @@ impl<'a> Source<'a> {
         if part.rows.is_some() || rows >= part.outputs {
             return self.matrix(part);
         }
-        let read = |first: usize| {
+        let read = |source: &Self, first: usize| {
             let count = rows.min(part.outputs - first);
-            Matrix::new(&part.weight, self.checkpoint.matrix(&part.rows(first, count, count, count))?)
+            source.read(&part.rows(first, count, count, count))
         };
-        let first = read(0)?;
+        let first = read(self, 0)?;
         let needs_nothing = self.quant.format_for(part.inputs).is_none() && first.dtype() == Some(self.dtype);
         if needs_nothing || first.dtype().is_none() {
             return self.matrix(part);
         }
+        self.settings.note(None, part.inputs);
         let mut whole = self.in_form(first)?;
         whole.reserve_rows(part.outputs);
         for start in (rows..part.outputs).step_by(rows) {
-            whole.extend(self.in_form(read(start)?)?)?;
+            whole.extend(self.in_form(read(self, start)?)?)?;
         }
-        let whole = self.convert(whole)?;
+        self.note_form(&whole);
         Ok(self.packed(whole))
     }
 
     /// A matrix in the engine's dtype, whatever the other options say.
     pub(super) fn plain_matrix(&mut self, part: &LinearSpec) -> Result<Matrix, LoadError> {
-        let matrix = self.in_dtype(Matrix::new(&part.weight, self.checkpoint.matrix(part)?)?);
+        let matrix = self.in_dtype(self.read(part)?);
         Ok(self.packed(matrix))
     }
 
@@ -234,35 +288,45 @@ impl<'a> Source<'a> {
         Ok(matrices.collect())
     }
 
-    /// A matrix in what the options say. Notes where that is not what they ask for.
+    /// A matrix in what the options say.
     fn convert(&mut self, matrix: Matrix) -> Result<Matrix, LoadError> {
+        self.settings.note(matrix.packed_in(), matrix.inputs());
         let matrix = self.in_form(matrix)?;
+        self.note_form(&matrix);
+        Ok(matrix)
+    }
+
+    /// Notes where a matrix is not kept in what the options ask for.
+    fn note_form(&mut self, matrix: &Matrix) {
         if let Some(asked) = self.quant.format()
             && !matrix.is_in(asked)
         {
             let used = matrix.packed_in().map_or_else(|| self.dtype.to_string(), str::to_owned);
             *self.narrow.entry(used).or_default() += 1;
         }
-        Ok(matrix)
     }
 
     fn in_form(&self, matrix: Matrix) -> Result<Matrix, LoadError> {
         match self.quant.format_for(matrix.inputs()) {
             Some(format) if matrix.is_in(format) => Ok(matrix),
-            Some(format) => matrix.to_blocks(format),
+            Some(format) => self.on_threads(|| matrix.to_blocks(format)),
             None if self.quant == Quant::Auto && matrix.packed_in().is_some() => Ok(matrix),
             None => Ok(self.in_dtype(matrix)),
         }
     }
 
     fn in_dtype(&self, matrix: Matrix) -> Matrix {
-        if matrix.dtype() == Some(self.dtype) { matrix } else { matrix.to_dtype(self.dtype) }
+        if matrix.dtype() == Some(self.dtype) {
+            return matrix;
+        }
+        self.on_threads(|| matrix.to_dtype(self.dtype))
     }
 
     /// Packs a matrix that has its final form, and counts its bytes.
     fn packed(&mut self, mut matrix: Matrix) -> Matrix {
         // In f32, results are those of the numbers as they are.
-        matrix.pack(self.dtype != Dtype::F32);
+        let rounds_rows = self.dtype != Dtype::F32;
+        self.on_threads(|| matrix.pack(rounds_rows));
         self.count(&matrix);
         matrix
     }
@@ -277,5 +341,33 @@ impl<'a> Source<'a> {
         if let Some(format) = format {
             *self.packed.entry(format).or_default() += bytes;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The settings that come to the same as `asked` for matrices that are stored like this.
+    fn alike(asked: Quant, stored: &[(Option<&'static str>, usize)]) -> Vec<Quant> {
+        let mut settings = Settings::new(asked);
+        stored.iter().for_each(|(format, columns)| settings.note(*format, *columns));
+        settings.alike
+    }
+
+    #[test]
+    fn settings_that_keep_all_matrices_alike_are_told_apart_from_those_that_only_look_alike() {
+        let q4_k_m = [(Some("q4_k"), 256), (Some("q6_k"), 512), (Some("q4_k"), 512)];
+        assert_eq!(alike(Quant::Auto, &q4_k_m), [Quant::Auto]);
+        assert_eq!(alike(Quant::Q4K, &q4_k_m), [Quant::Q4K]);
+        assert_eq!(alike(Quant::Auto, &q4_k_m[..1]), [Quant::Auto, Quant::Q4K]);
+        assert_eq!(alike(Quant::Q4K, &q4_k_m[..1]), [Quant::Auto, Quant::Q4K]);
+        assert_eq!(alike(Quant::None, &q4_k_m), [Quant::None]);
+        // Rows that are too narrow for blocks of 256, and for any.
+        assert_eq!(alike(Quant::Q4K, &[(None, 64), (None, 36)]), [Quant::Q4_0, Quant::Q4K]);
+        assert_eq!(alike(Quant::Q8_0, &[(None, 64)]), [Quant::Q8_0, Quant::Q6K]);
+        assert_eq!(alike(Quant::Auto, &[(None, 64), (None, 256)]), [Quant::Auto, Quant::None]);
+        assert_eq!(alike(Quant::Q6K, &[(None, 36)]), Quant::ALL);
+        assert_eq!(alike(Quant::Auto, &[(Some("fp8"), 256), (None, 256)]), [Quant::Auto]);
     }
 }

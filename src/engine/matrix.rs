@@ -46,7 +46,7 @@ mod fp8;
 mod grouped;
 mod k_blocks;
 
-use std::ops::Range;
+use std::{cell::RefCell, ops::Range};
 
 use half::{bf16, f16};
 use pulp::{Arch, bytemuck};
@@ -65,6 +65,11 @@ use crate::model::{
 
 /// Numbers that a conversion widens at a time: some rows, in a part of a level-2 cache.
 const CONVERTED_AT_ONCE: usize = 1 << 15;
+
+thread_local! {
+    /// Rows of packed matrices as they were before, while they are widened: an embedding's, for every token.
+    static UNPACKED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
 /// A matrix `[outputs, inputs]` in one of the forms above, for products with rows of `inputs` numbers.
 pub struct Matrix {
@@ -232,35 +237,33 @@ impl Matrix {
         &all[tiles.start * size..tiles.end * size]
     }
 
-    /// Rows of a packed matrix, as they were before.
-    fn unpacked(&self, layout: Layout, rows: Range<usize>) -> Self {
-        let size = layout.row_bytes(self.inputs);
-        let mut bytes = vec![0; rows.len() * size];
-        for (row, bytes) in rows.clone().zip(bytes.chunks_exact_mut(size)) {
-            layout.unpack(self.tiles(row / TILE..row / TILE + 1), row % TILE, bytes);
-        }
-        let values = match &self.values {
-            Values::F32(_) => Values::F32(bytes.as_chunks().0.iter().map(|bytes| f32::from_ne_bytes(*bytes)).collect()),
-            Values::Bf16(_) => Values::Bf16(bytes),
-            Values::F16(_) => Values::F16(bytes),
-            Values::Blocks(format, _) => Values::Blocks(*format, bytes),
-            Values::Fp8(_) | Values::Grouped(_) => unreachable!("they have no layout"),
-        };
-        Self { outputs: rows.len(), inputs: self.inputs, values, layout: None }
+    /// Rows of a packed matrix as f32.
+    fn unpack(&self, layout: Layout, rows: Range<usize>, numbers: &mut [f32]) {
+        UNPACKED.with_borrow_mut(|bytes| {
+            let size = layout.row_bytes(self.inputs);
+            bytes.resize(rows.len() * size, 0);
+            for (row, bytes) in rows.zip(bytes.chunks_exact_mut(size)) {
+                layout.unpack(self.tiles(row / TILE..row / TILE + 1), row % TILE, bytes);
+            }
+            match &self.values {
+                Values::F32(_) => {
+                    numbers.iter_mut().zip(bytes.as_chunks().0).for_each(|(x, bytes)| *x = f32::from_ne_bytes(*bytes));
+                }
+                Values::Bf16(_) => floats::widen_bf16(bytes, numbers),
+                Values::F16(_) => floats::widen_f16(bytes, numbers),
+                Values::Blocks(format, _) => blocks::widen(*format, bytes, numbers),
+                // They have no layout.
+                Values::Fp8(_) | Values::Grouped(_) => {}
+            }
+        });
     }
 
     /// Some rows as f32, `[rows, inputs]`: themselves, or widened into `scratch`, which has room for them.
     pub fn widen<'a>(&'a self, rows: Range<usize>, scratch: &'a mut [f32]) -> &'a [f32] {
         if let Some(layout) = self.layout {
-            let (count, unpacked) = (rows.len() * self.inputs, self.unpacked(layout, rows));
-            let all = 0..unpacked.outputs;
-            match unpacked.values {
-                Values::F32(values) => scratch[..count].copy_from_slice(&values),
-                _ => {
-                    unpacked.widen(all, scratch);
-                }
-            }
-            return &scratch[..count];
+            let scratch = &mut scratch[..rows.len() * self.inputs];
+            self.unpack(layout, rows, scratch);
+            return scratch;
         }
         let numbers = rows.start * self.inputs..rows.end * self.inputs;
         let scratch = match &self.values {

@@ -6,7 +6,7 @@
 //!
 //! # The decode gap
 //!
-//! A session that decodes never waits longer for its next token than **two of its own steps and one chunk** of somebody's prompt:
+//! A session that decodes doesn't wait longer for its next token than **two of its own steps and one chunk** of somebody's prompt:
 //!
 //! - While somebody decodes, a chunk is so small that its pass takes a stated time (see [`Pace`]). Somebody decodes if a
 //!   short step is ready, and also while a session's last token is on its way round the swarm and the next one about to come.
@@ -14,7 +14,10 @@
 //!   next pass. So it sees the rest of a pass with a chunk and one without; or, if it arrived during one without,
 //!   the rest of that and one with a chunk. Prompts get every second pass at least.
 //!
-//! This holds while the short steps fit into half of the budget, which they get before prompts have more than the other half.
+//! This holds while the short steps fit into half of the budget, which they get before prompts have more than the other half, and as
+//! far as passes take the time that the last ones took: a chunk is cut by what rows cost until then, and has at least
+//! a few rows, however slow the machine. What a step waits for pages is apart. The engine counts the steps for which it didn't hold
+//! ([`EngineLoad`](super::EngineLoad)).
 //!
 //! # Waiting for company
 //!
@@ -150,6 +153,11 @@ impl Schedule {
     /// How long a short step may wait for company: as long as it would for a chunk.
     pub(super) fn longest_wait(&self) -> Duration {
         Duration::from_secs_f64(self.pace.chunk_seconds())
+    }
+
+    /// How long a short step may take as things are: two decode steps and one chunk.
+    pub(super) fn decode_gap(&self) -> Duration {
+        Duration::from_secs_f64(2.0 * self.pace.step_seconds() + self.pace.chunk_seconds())
     }
 
     /// Short steps waited for company, until `ended`.

@@ -15,6 +15,7 @@ use safetensors::SafeTensors;
 use super::*;
 
 mod large;
+mod long;
 
 type Answer = (Cache, Result<StepOutput, StepError>);
 
@@ -84,12 +85,12 @@ fn step(engine: &Engine, cache: Cache, lanes: &[LaneRun]) -> Answer {
     submit(engine, cache, lanes).recv_timeout(PATIENCE).unwrap()
 }
 
-/// A session that holds `tokens` tokens.
 /// Names of as many pages.
 fn names(pages: u8) -> Vec<PageKey> {
     (0..pages).map(|page| PageKey([page; 32])).collect()
 }
 
+/// A session that holds `tokens` tokens.
 fn session(engine: &Engine, tokens: usize) -> Cache {
     let (cache, result) = step(engine, engine.cache(engine.span()).unwrap(), &[run(0, 0, tokens)]);
     result.unwrap();

@@ -8,21 +8,33 @@ use std::{
 
 use rayon::{ThreadPool, ThreadPoolBuilder, prelude::*};
 
-use super::load::LoadError;
-
 /// More threads than this nobody wants: the memory bus is the limit long before, and each takes memory.
 pub const MAX_THREADS: usize = 1024;
 
+/// Why there are no threads to compute on.
+#[derive(Debug, thiserror::Error)]
+pub enum ThreadsError {
+    /// So many there can't be.
+    #[error("{count} threads were asked for: give a number from 1 to {}", MAX_THREADS)]
+    Count {
+        /// How many were asked for.
+        count: usize,
+    },
+    /// None could be started.
+    #[error("the engine's threads can't be started: {0}")]
+    Start(io::Error),
+}
+
 /// A pool of `count` threads, or of one a core, named after their `role`.
-pub(super) fn pool(role: &'static str, count: Option<usize>) -> Result<ThreadPool, LoadError> {
+pub(super) fn pool(role: &'static str, count: Option<usize>) -> Result<ThreadPool, ThreadsError> {
     let mut builder = ThreadPoolBuilder::new().thread_name(move |index| format!("{role}-{index}"));
     if let Some(count) = count {
         if !(1..=MAX_THREADS).contains(&count) {
-            return Err(LoadError::ThreadCount { count });
+            return Err(ThreadsError::Count { count });
         }
         builder = builder.num_threads(count);
     }
-    builder.build().map_err(|error| LoadError::Threads(io::Error::other(error)))
+    builder.build().map_err(|error| ThreadsError::Start(io::Error::other(error)))
 }
 
 /// Rounds without work in which a thread that is kept awake spins before it lets others run: some 5 µs.
@@ -55,6 +67,10 @@ pub(super) fn awake<R>(work: impl FnOnce() -> R) -> R {
 
 /// Works for others until it is over. The thread that does the work itself may come here while it waits for a part, and has to
 /// go back to it.
+///
+/// It offers its core and doesn't sleep, however long it finds nothing. Within a pass that is as long as another thread is alone at work
+/// between two products, and a sleeper would be woken too late for the second of them. When the pass is over all threads sleep, so an
+/// engine that has nothing to do takes no time, and during it whoever else wants the core gets it at once.
 fn stay(working: usize, is_over: &AtomicBool) {
     let mut idle = 0;
     while rayon::current_thread_index() != Some(working) && !is_over.load(Ordering::Acquire) {

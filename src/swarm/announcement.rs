@@ -6,10 +6,12 @@
 //! [`Announcement`], is made from what passed; a reader that meets an enum value of a newer version can't type it and leaves it
 //! out, while the DHT keeps storing it for others.
 
+pub mod arithmetic;
 pub mod set;
 
 use std::{ops::Range, time::Duration};
 
+use arithmetic::compute_alike;
 use libp2p::{
     Multiaddr, PeerId,
     identity::{Keypair, PublicKey},
@@ -41,6 +43,8 @@ const MAX_NAME_BYTES: usize = 256;
 const MAX_ADAPTERS: usize = 16;
 /// More than will ever be worth having.
 const MAX_WIRE_CODECS: usize = 16;
+/// Likewise.
+const MAX_QUANT_SETTINGS: usize = 16;
 const MAX_PUBLIC_KEY_BYTES: usize = 128;
 const FINGERPRINT_BYTES: usize = 32;
 
@@ -84,6 +88,8 @@ pub struct Announcement {
     pub dtype: Dtype,
     /// `none` or the quantization's name.
     pub quant: String,
+    /// The settings of `--quant` under each of which the node would have its matrices just as it has them; see [`arithmetic`].
+    pub quant_settings: Vec<String>,
     /// Which kernels compute.
     pub kernel_path: String,
     /// One lane through the whole span, as the node measured it.
@@ -249,6 +255,11 @@ fn check_fields(body: &wire::Announcement) -> Result<(), AnnouncementError> {
         return Err(refused("adapters", format!("{} of them, {MAX_ADAPTERS} at most", body.adapters.len())));
     }
     body.adapters.iter().try_for_each(|name| check_name("adapters", name))?;
+    let settings = body.quant_settings.len();
+    if settings > MAX_QUANT_SETTINGS {
+        return Err(refused("quant_settings", format!("{settings} of them, {MAX_QUANT_SETTINGS} at most")));
+    }
+    body.quant_settings.iter().try_for_each(|name| check_name("quant_settings", name))?;
     if body.fingerprint.len() != FINGERPRINT_BYTES {
         return Err(refused("fingerprint", format!("{} bytes, not {FINGERPRINT_BYTES}", body.fingerprint.len())));
     }
@@ -334,6 +345,7 @@ impl Announcement {
             state: State::Joining,
             dtype: Dtype::F32,
             quant: "none".to_owned(),
+            quant_settings: Vec::new(),
             kernel_path: String::new(),
             compute_tokens_per_second: 0.0,
             network_tokens_per_second: 0.0,
@@ -379,7 +391,7 @@ impl Announcement {
 
     /// Whether both compute in the same way, so that a block gives the same bits at either.
     pub fn computes_like(&self, other: &Self) -> bool {
-        (self.dtype, &self.quant, &self.kernel_path) == (other.dtype, &other.quant, &other.kernel_path)
+        compute_alike([self, other])
     }
 
     /// Whether it still counts.
@@ -408,6 +420,7 @@ impl Announcement {
             cache_tokens_total: self.cache_tokens_total,
             queue: self.queue,
             adapters: self.adapters.clone(),
+            quant_settings: self.quant_settings.clone(),
             wire_codecs: self.wire_codecs.iter().map(|codec| wire::WireCodec::from(*codec).into()).collect(),
             addresses: self.addresses.iter().map(|address| address.to_vec().into()).collect(),
             relayed: self.relayed,
@@ -449,6 +462,7 @@ impl TryFrom<Verified> for Announcement {
             state,
             dtype,
             quant: body.quant,
+            quant_settings: body.quant_settings,
             kernel_path: body.kernel_path,
             compute_tokens_per_second: body.compute_tokens_per_second,
             network_tokens_per_second: body.network_tokens_per_second,
@@ -505,6 +519,7 @@ pub(crate) mod tests {
             span: 0..16,
             state: State::Online,
             dtype: Dtype::Bf16,
+            quant_settings: vec!["auto".into(), "none".into()],
             compute_tokens_per_second: 12.5,
             addresses: vec!["/ip4/127.0.0.1/tcp/31337".parse().unwrap()],
             sequence: NOW,
@@ -573,6 +588,8 @@ pub(crate) mod tests {
             ("public_name", Announcement { public_name: "x".repeat(257), ..good() }),
             ("public_name", Announcement { public_name: "\u{7}".into(), ..good() }),
             ("adapters", Announcement { adapters: vec![String::new(); 17], ..good() }),
+            ("quant_settings", Announcement { quant_settings: vec!["auto".into(); 17], ..good() }),
+            ("quant_settings", Announcement { quant_settings: vec!["\n".into()], ..good() }),
             ("addresses", Announcement { addresses: vec![address; 17], ..good() }),
             ("compute_tokens_per_second", Announcement { compute_tokens_per_second: f64::NAN, ..good() }),
             ("network_tokens_per_second", Announcement { network_tokens_per_second: -1.0, ..good() }),

@@ -15,13 +15,15 @@ use std::{
 use bytes::Bytes;
 use helion::{
     engine::{
-        Cache, Engine, EngineOptions, HiddenStates, Job, Keep, LaneRun, Owner, PAGE_TOKENS, PageKey, StepError,
-        StepOutput,
+        Cache, DeviceChoice, Engine, EngineOptions, HiddenStates, Job, Keep, LaneRun, Owner, PAGE_TOKENS, PageKey,
+        StepError, StepOutput,
     },
-    model::{Dtype, checkpoint::Checkpoint},
+    model::{Dtype, KvDtype, Quant, checkpoint::Checkpoint},
 };
 use proptest::prelude::*;
-use rand::RngExt;
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+
+use super::made::wide;
 
 /// The environment variable with the seconds for which sessions come and go: a minute shows what is rare.
 const SECONDS: &str = "HELION_LOAD_SECONDS";
@@ -36,11 +38,14 @@ const DEADLINE: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(120);
 
 fn load(family: &str, options: impl FnOnce(&mut EngineOptions)) -> Engine {
-    let checkpoint =
-        Checkpoint::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(family)).unwrap();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(family);
+    load_from(&Checkpoint::open(&folder).unwrap(), options)
+}
+
+fn load_from(checkpoint: &Checkpoint, options: impl FnOnce(&mut EngineOptions)) -> Engine {
     let mut all = EngineOptions::new(0..checkpoint.spec().num_blocks(), Dtype::F32);
     options(&mut all);
-    Engine::load(&checkpoint, all, &mut |_, _| {}).unwrap()
+    Engine::load(checkpoint, all, &mut |_, _| {}).unwrap()
 }
 
 /// The hidden states of rows that are known by a number each.
@@ -59,8 +64,7 @@ fn dtype_of(ids: &[u64]) -> Dtype {
 }
 
 /// Rows that never were.
-fn fresh(count: usize) -> Vec<u64> {
-    let mut rng = rand::rng();
+fn fresh(rng: &mut impl RngExt, count: usize) -> Vec<u64> {
     (0..count).map(|_| rng.random()).collect()
 }
 
@@ -195,7 +199,7 @@ fn come_and_go(engine: &Engine, prefixes: &Prefixes, owner: u64, until: Instant)
             }
         }
         let start = session.lanes.get(&0).map_or(0, Vec::len);
-        let mut runs = vec![(0, start, fresh(first))];
+        let mut runs = vec![(0, start, fresh(&mut rng, first))];
         for _ in 0..rng.random_range(1..40) {
             let cancelled = Arc::new(AtomicBool::new(false));
             let answers = session.submit(&runs, cancelled.clone());
@@ -230,7 +234,7 @@ fn come_and_go(engine: &Engine, prefixes: &Prefixes, owner: u64, until: Instant)
                 // At least one row stays, by which the lane is known.
                 let position = (held.len() - back).max(1);
                 if runs.is_empty() || rng.random_bool(0.5) {
-                    runs.push((*lane, position, fresh(count)));
+                    runs.push((*lane, position, fresh(&mut rng, count)));
                 }
             }
             if runs.iter().any(|(_, position, ids)| position + ids.len() > MAX_TOKENS) {
@@ -265,30 +269,73 @@ fn sessions_that_come_and_go_get_what_they_get_alone() {
     engine.forget_prefixes(Instant::now() + DEADLINE);
     let load = engine.load_now();
     println!("{} steps, {} rows in {} passes, {:?} busy", load.steps, load.rows, load.passes, load.busy);
+    println!("{} of {} short steps took too long", load.slow_decodes, load.decodes);
     assert!(!records.is_empty() && load.rows >= load.tokens);
     assert_eq!((load.queue, load.cache_tokens_left, load.cache_tokens_shared), (0, cache_tokens, 0));
     assert_eq!(load.late_decodes, 0, "a decode step met a second chunk of a prompt");
+    // The rule, in time: nine of ten steps, as the machine may be busy with other things, and as soon as there were enough for the
+    // engine to know how long passes take.
+    let is_known = load.decodes >= 1_000;
+    assert!(!is_known || 10 * load.slow_decodes <= load.decodes, "{} of {}", load.slow_decodes, load.decodes);
     verify(records, &self::load("gemma3_text", |_| {}));
 }
 
+/// What an engine computes with: a model, what its matrices are kept in, and its keys and values.
+#[derive(Debug, Clone, Copy)]
+struct Form {
+    family: &'static str,
+    /// Rows of 256 numbers rather than the fixture's own.
+    wide: bool,
+    dtype: Dtype,
+    quant: Quant,
+    kv_dtype: Option<KvDtype>,
+}
+
+impl Form {
+    fn load(&self, options: impl FnOnce(&mut EngineOptions)) -> Engine {
+        let options = |all: &mut EngineOptions| {
+            (all.dtype, all.quant, all.kv_dtype) = (self.dtype, self.quant, self.kv_dtype);
+            (all.cache_tokens, all.device) = (4096, DeviceChoice::Cpu);
+            options(all);
+        };
+        if self.wide { load_from(&wide(self.family), options) } else { load(self.family, options) }
+    }
+}
+
+fn form() -> impl Strategy<Value = Form> {
+    let narrow = prop::sample::select(vec!["qwen3", "gemma3_text", "gpt_oss", "bloom"]);
+    let plain = narrow.prop_map(|family| (family, false, Dtype::F32, Quant::Auto));
+    let quants = vec![Quant::None, Quant::Q8_0, Quant::Q4_0, Quant::Q4K, Quant::Q6K];
+    let families = prop::sample::select(vec!["qwen3", "mixtral"]);
+    let dtypes = prop::sample::select(vec![Dtype::F32, Dtype::Bf16, Dtype::F16]);
+    let packed = (families, dtypes.clone(), prop::sample::select(quants))
+        .prop_map(|(family, dtype, quant)| (family, true, dtype, quant));
+    let mxfp4 = dtypes.prop_map(|dtype| ("gpt_oss", true, dtype, Quant::Auto));
+    let kinds = vec![None, Some(KvDtype::F32), Some(KvDtype::Bf16), Some(KvDtype::F16), Some(KvDtype::Q8)];
+    (prop_oneof![1 => plain, 4 => packed, 1 => mxfp4], prop::sample::select(kinds)).prop_map(|(form, kv_dtype)| {
+        let (family, wide, dtype, quant) = form;
+        Form { family, wide, dtype, quant, kv_dtype }
+    })
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(8))]
-    /// Any sessions, cut into any steps, in passes of any size, on any pages and any number of threads.
+    #![proptest_config(ProptestConfig::with_cases(12))]
+    /// Any sessions, cut into any steps, in passes of any size, on any pages and any number of threads, in any format.
     #[test]
     fn a_batch_is_the_sum_of_its_sessions(
-        family in prop::sample::select(vec!["qwen3", "gemma3_text", "gpt_oss", "bloom"]),
+        form in form(),
+        seed in any::<u64>(),
         (batch_tokens, threads) in (prop::sample::select(vec![2usize, 7, 16, 33, 512]), 1..4usize),
         steps in prop::collection::vec(prop::collection::vec((1..70usize, 0..20usize), 1..6), 1..8),
         gone in prop::collection::vec((1..60usize, any::<bool>()), 0..8),
     ) {
-        let engine = load(family, |options| {
-            (options.batch_tokens, options.threads) = (batch_tokens, Some(threads));
-        });
+        let mut rng = StdRng::seed_from_u64(seed);
+        let engine = form.load(|options| (options.batch_tokens, options.threads) = (batch_tokens, Some(threads)));
         // Sessions that are gone leave pages in whatever order.
         let mut before: Vec<Session> = Vec::new();
         for (tokens, stays) in gone {
             let mut session = Session::new(&engine, 0);
-            let runs = [(0, 0, fresh(tokens))];
+            let runs = [(0, 0, fresh(&mut rng, tokens))];
             let answers = session.submit(&runs, Arc::default());
             prop_assert!(session.take(&runs, &answers));
             before.push(session);
@@ -303,7 +350,7 @@ proptest! {
                 let Some((tokens, back)) = steps.get(turn) else { continue };
                 let held = session.lanes.get(&0).map_or(0, Vec::len);
                 let position = held.saturating_sub(*back).max(held.min(1));
-                let runs = [(0, position, fresh(*tokens))];
+                let runs = [(0, position, fresh(&mut rng, *tokens))];
                 let waiting = session.submit(&runs, Arc::default());
                 answers.push((session, runs, waiting));
             }
@@ -312,6 +359,6 @@ proptest! {
             }
         }
         let records = sessions.into_iter().flat_map(|session| session.records).collect();
-        verify(records, &load(family, |_| {}));
+        verify(records, &form.load(|_| {}));
     }
 }

@@ -1,8 +1,11 @@
 //! How much memory loading takes, measured in processes of their own on a checkpoint of about 240 MB.
 
-use helion::model::Quant;
+use helion::{
+    engine::{DeviceChoice, Engine, EngineOptions},
+    model::{Dtype, Quant},
+};
 
-use super::made::{Shape, What, load_if_asked, load_in_child};
+use super::made::{Shape, What, load_if_asked, load_in_child, wide};
 
 const SHAPE: Shape =
     Shape { hidden: 1024, intermediate: 3072, blocks: 8, heads: 16, kv_heads: 8, vocab: 12_000, shards: 3 };
@@ -31,4 +34,40 @@ fn the_peak_is_near_the_final_size() {
             assert!((report.grown() as f64) < limit, "{what:?} {quant}: limit {limit:.0}, {report:?}");
         }
     }
+}
+
+/// Of matrices: packing for the kernels, scales and what else is kept beside the numbers.
+#[test]
+fn weights_take_the_memory_of_their_format() {
+    let bits = |quant: Quant, dtype: Dtype| match quant {
+        Quant::Auto | Quant::None => 8.0 * dtype.size_in_bytes() as f64,
+        Quant::Q8_0 => 8.5,
+        Quant::Q6K => 6.5625,
+        Quant::Q4K | Quant::Q4_0 => 4.5,
+    };
+    let loaded = |family: &str, quant: Quant, dtype: Dtype| {
+        let checkpoint = wide(family);
+        let options = EngineOptions { quant, device: DeviceChoice::Cpu, ..EngineOptions::new(0..2, dtype) };
+        let loaded = Engine::load(&checkpoint, options, &mut |_, _| {}).unwrap().loaded_bytes();
+        let spec = checkpoint.spec();
+        (loaded as f64, (0..2).flat_map(|block| spec.block_tensors(block)).collect::<Vec<_>>())
+    };
+    for quant in Quant::ALL {
+        for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
+            let (loaded, tensors) = loaded("qwen3", quant, dtype);
+            // Norms are in f32.
+            let size = |dimensions: usize| if dimensions == 2 { bits(quant, dtype) } else { 32.0 };
+            let own: f64 = tensors.iter().map(|it| it.elements() as f64 * size(it.shape.len()) / 8.0).sum();
+            assert!(loaded <= 1.02 * own && loaded >= own, "{quant} in {dtype}: {loaded} bytes of {own}");
+        }
+    }
+    // Experts in MXFP4; what isn't one of them is in bf16, biases in f32.
+    let (loaded, tensors) = loaded("gpt_oss", Quant::Auto, Dtype::Bf16);
+    let size = |name: &str, dimensions: usize| match name {
+        name if name.ends_with("_blocks") || name.ends_with("_scales") => 1.0,
+        name if name.ends_with("bias") || dimensions == 1 => 4.0,
+        _ => 2.0,
+    };
+    let own: f64 = tensors.iter().map(|it| it.elements() as f64 * size(&it.name, it.shape.len())).sum();
+    assert!(loaded <= 1.02 * own && loaded >= own, "mxfp4: {loaded} bytes of {own}");
 }

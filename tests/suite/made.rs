@@ -10,7 +10,7 @@ use std::{
 
 use helion::{
     engine::{DeviceChoice, Edges, EdgesOptions, Engine, EngineOptions},
-    model::{Dtype, Quant, checkpoint::Checkpoint, spec::TensorSpec},
+    model::{Dtype, Quant, checkpoint::Checkpoint, family::read_config, spec::TensorSpec},
 };
 use serde_json::{Value, json};
 
@@ -104,6 +104,22 @@ fn random_bytes() -> Vec<u8> {
     };
     let mut normal = || (0..6).map(|_| next()).sum::<f32>() * 0.02 * 2f32.sqrt();
     (0..2_000_003).flat_map(|_| half::bf16::from_f32(normal()).to_le_bytes()).collect()
+}
+
+/// A model of two blocks with rows of 256 numbers, so that they can be cut into all blocks, and with enough of them that threads share
+/// the products of a few rows. Its weights are made up.
+pub(crate) fn wide(family: &str) -> Checkpoint {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(family);
+    let mut config: Value = serde_json::from_slice(&std::fs::read(fixture.join("config.json")).unwrap()).unwrap();
+    let sizes = json!({
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 512,
+    });
+    config.as_object_mut().unwrap().extend(sizes.as_object().unwrap().clone());
+    if let Some(types) = config.get_mut("layer_types").and_then(Value::as_array_mut) {
+        types.truncate(2);
+    }
+    Checkpoint::random(read_config(&config.to_string()).unwrap())
 }
 
 /// Which part of a checkpoint is loaded.

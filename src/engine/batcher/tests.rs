@@ -1,5 +1,6 @@
 use std::sync::{
     Mutex,
+    atomic::AtomicBool,
     mpsc::{self, Receiver},
 };
 
@@ -109,4 +110,68 @@ fn sessions_that_come_back_one_after_another_share_a_pass() {
         assert!(passes.len() <= 30, "{meeting:?}: {passes:?}");
     }
     assert_eq!(passes(Meeting::FirstHop, 1, 5), [1; 5]);
+}
+
+/// Does the batcher's work on this thread until all of these are answered.
+fn answered(batcher: &mut Batcher, answers: &[Receiver<Answer>]) -> Vec<Cache> {
+    let mut caches: Vec<Option<Cache>> = answers.iter().map(|_| None).collect();
+    while caches.iter().any(Option::is_none) {
+        assert!(batcher.fetch());
+        batcher.turn();
+        for (cache, answers) in caches.iter_mut().zip(answers) {
+            if let Ok((answered, result)) = answers.try_recv() {
+                result.unwrap();
+                *cache = Some(answered);
+            }
+        }
+    }
+    caches.into_iter().flatten().collect()
+}
+
+#[test]
+fn a_wait_for_company_counts_whatever_ends_it() {
+    let desk = Arc::new(Desk::new(64, 0, Meeting::FirstHop));
+    let slow = Slow { passes: Arc::default(), states: Vec::new() };
+    let mut batcher = Batcher::new(desk.clone(), Box::new(slow), 512);
+    let mut caches: Vec<Cache> = (0..2).map(|_| Cache::new(desk.clone(), 0..1)).collect();
+    // Whether it waits at all depends on how quick this machine is.
+    for turn in 0..50 {
+        for position in 3 * turn..3 * turn + 2 {
+            let answers: Vec<_> = caches.drain(..).map(|cache| submit(&desk, cache, position)).collect();
+            caches = answered(&mut batcher, &answers);
+        }
+        let (late, early) = (caches.pop().unwrap(), caches.pop().unwrap());
+        let moved = Transfer::Read { snapshot: Arc::new(late.snapshot()), pieces: 0..0, done: Box::new(|_| {}) };
+        let came = Instant::now();
+        let first = submit(&desk, early, 3 * turn + 2);
+        let is_over = AtomicBool::new(false);
+        let waited = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // The step has been taken in, and the batcher has begun to wait, if it waits: it holds the lock all the while.
+                while !desk.lock().arrivals.is_empty() {
+                    std::thread::yield_now();
+                }
+                let taken = Instant::now();
+                while taken.elapsed() < Duration::from_micros(500) {
+                    std::hint::spin_loop();
+                }
+                let mut state = desk.lock();
+                if !is_over.load(Ordering::Relaxed) {
+                    state.transfers.push_back(moved);
+                    drop(state);
+                    desk.notify();
+                }
+            });
+            assert!(batcher.fetch());
+            is_over.store(true, Ordering::Relaxed);
+            !desk.lock().transfers.is_empty() && batcher.schedule.was_in_the_way(came)
+        });
+        if waited {
+            return;
+        }
+        caches = answered(&mut batcher, &[first]);
+        let second = submit(&desk, late, 3 * turn + 2);
+        caches.extend(answered(&mut batcher, &[second]));
+    }
+    panic!("no wait that a transfer ended was noted");
 }

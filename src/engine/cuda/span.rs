@@ -396,7 +396,7 @@ fn out_of_memory(error: LoadError, block: usize) -> LoadError {
     match error {
         LoadError::Tensor(error) => LoadError::Device(format!(
             "the device can't take block {block}: {error}; if its memory is full, fewer blocks (--num-blocks), a smaller \
-             cache (--cache-tokens) or packed weights (--quant) need less of it"
+             cache (--attn-cache-tokens) or packed weights (--quant) need less of it"
         )),
         other => other,
     }

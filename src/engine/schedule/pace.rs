@@ -44,7 +44,12 @@ impl Pace {
 
     /// How long such a pass takes.
     pub(super) fn chunk_seconds(&self) -> f64 {
-        self.step.map_or(0.0, |step| 2.0 * step).max(TARGET.as_secs_f64())
+        (2.0 * self.step_seconds()).max(TARGET.as_secs_f64())
+    }
+
+    /// How long a pass without prompts takes; 0 while that isn't known.
+    pub(super) fn step_seconds(&self) -> f64 {
+        self.step.unwrap_or(0.0)
     }
 }
 

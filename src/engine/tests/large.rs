@@ -6,10 +6,12 @@ use std::{
     sync::atomic::AtomicUsize,
 };
 
+use rayon::ThreadPoolBuilder;
 use safetensors::{Dtype as StoredDtype, serialize_to_file, tensor::TensorView};
 use serde_json::json;
 
 use super::*;
+use crate::model::family::read_config;
 
 const HIDDEN: usize = 1024;
 const VOCAB: usize = 3000;
@@ -54,8 +56,21 @@ fn checkpoint(family: &str, dir: &Path) -> Checkpoint {
     Checkpoint::open(dir).unwrap()
 }
 
-fn engine(checkpoint: &Checkpoint, dtype: Dtype, threads: usize) -> Engine {
-    let options = EngineOptions { threads: Some(threads), cache_tokens: 1024, ..EngineOptions::new(0..2, dtype) };
+/// One whose experts are in MXFP4, with made-up numbers.
+fn with_mxfp4() -> Checkpoint {
+    let config = fs::read(fixture("gpt_oss").join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+    let sizes = json!({
+        "hidden_size": HIDDEN, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 64, "vocab_size": VOCAB,
+        "layer_types": ["sliding_attention", "full_attention"],
+    });
+    config.as_object_mut().unwrap().extend(sizes.as_object().unwrap().clone());
+    Checkpoint::random(read_config(&config.to_string()).unwrap())
+}
+
+fn engine(checkpoint: &Checkpoint, dtype: Dtype, quant: Quant, threads: usize) -> Engine {
+    let options =
+        EngineOptions { threads: Some(threads), quant, cache_tokens: 4096, ..EngineOptions::new(0..2, dtype) };
     Engine::load(checkpoint, options, &mut |_, _| {}).unwrap()
 }
 
@@ -76,17 +91,21 @@ fn large_step(engine: &Engine, cache: Cache, lanes: &[LaneRun], keep: Keep) -> (
 
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() {
-    for family in ["llama", "mixtral"] {
+    let plain = [("llama", Quant::Auto, "none"), ("mixtral", Quant::Auto, "none"), ("gpt_oss", Quant::Auto, "mxfp4")];
+    let packed = [Quant::Q8_0, Quant::Q4_0, Quant::Q4K, Quant::Q6K];
+    let packed = packed.into_iter().zip(["q8_0", "q4_0", "q4_k", "q6_k"]).map(|(quant, name)| ("llama", quant, name));
+    for (family, quant, name) in plain.into_iter().chain(packed) {
         let dir = tempfile::tempdir().unwrap();
-        let checkpoint = checkpoint(family, dir.path());
+        let checkpoint = if family == "gpt_oss" { with_mxfp4() } else { checkpoint(family, dir.path()) };
         let outputs = [1, 2, 3, 4].map(|threads| {
-            let engine = engine(&checkpoint, Dtype::Bf16, threads);
+            let engine = engine(&checkpoint, Dtype::Bf16, quant, threads);
+            assert_eq!(engine.quantization(), name);
             let cache = engine.cache(0..2).unwrap();
             let (cache, prompts) = large_step(&engine, cache, &[run(0, 0, 12), run(1, 0, 7)], Keep::All);
             let (_, tokens) = large_step(&engine, cache, &[run(0, 12, 1), run(1, 7, 1)], Keep::All);
             [prompts.bytes, tokens.bytes]
         });
-        assert!(outputs.iter().all(|output| *output == outputs[0]), "{family}");
+        assert!(outputs.iter().all(|output| *output == outputs[0]), "{family} in {name}");
     }
 }
 
@@ -98,7 +117,8 @@ fn numbers_of_threads_have_limits() {
         let options = EngineOptions { threads: Some(count), ..options(0..2) };
         let error = Engine::load(&checkpoint, options, &mut |_, _| {}).unwrap_err().to_string();
         assert_eq!(error, format!("{count} threads were asked for: give a number from 1 to 1024"));
-        assert!(matches!(Edges::load(&checkpoint, edges_options(Some(count))), Err(LoadError::ThreadCount { .. })));
+        let edges = Edges::load(&checkpoint, edges_options(Some(count)));
+        assert!(matches!(edges, Err(LoadError::Threads(ThreadsError::Count { .. }))));
     }
 }
 
@@ -143,6 +163,8 @@ struct Counting;
 const LARGE: usize = 4096 + 1;
 /// Lanes of the session that is watched.
 const LANES: usize = 3;
+/// Sessions that are watched together, with one lane each.
+const SESSIONS: usize = 64;
 /// Bytes of an answer: the one thing that is allocated on purpose.
 const ANSWER: usize = LANES * HIDDEN * 2;
 
@@ -207,33 +229,108 @@ fn watch(engine: &Engine, watched: bool) {
     is_told.recv_timeout(PATIENCE).unwrap();
 }
 
+/// Starts to watch, and stops again where that is over.
+fn watched<R>(engine: &Engine, work: impl FnOnce() -> R) -> (R, [usize; 3]) {
+    watch(engine, true);
+    let result = work();
+    watch(engine, false);
+    (result, found())
+}
+
+/// Answers, other large allocations, and the largest of these, since the last time.
+fn found() -> [usize; 3] {
+    [&ANSWERS, &OTHERS, &LARGEST].map(|number| number.swap(0, Ordering::Relaxed))
+}
+
+/// A session with three lanes.
+fn lanes_decode(engine: &Engine, steps: usize) {
+    let lanes = |position: usize, tokens: usize| [0, 1, 2].map(|lane| run(lane, position, tokens));
+    let (mut cache, _) = large_step(engine, engine.cache(0..2).unwrap(), &lanes(0, 20), Keep::LastOfEachLane);
+    // The first steps are for what is made once.
+    for position in 20..22 {
+        (cache, _) = large_step(engine, cache, &lanes(position, 1), Keep::LastOfEachLane);
+    }
+    let ((), found) = watched(engine, || {
+        for position in 22..22 + steps {
+            (cache, _) = large_step(engine, cache, &lanes(position, 1), Keep::LastOfEachLane);
+        }
+    });
+    assert_eq!(found, [steps, 0, 0], "answers, others, the largest of these");
+}
+
+/// As many sessions as a node may well have, all of them in every pass.
+fn sessions_decode(engine: &Engine, steps: usize) {
+    let mut caches: Vec<Cache> = (0..SESSIONS).map(|_| engine.cache(0..2).unwrap()).collect();
+    let mut step = |position: usize| {
+        let (go_on, held) = mpsc::sync_channel::<()>(1);
+        let (arrived, here) = mpsc::sync_channel(1);
+        let (mut first, _) = job(engine.cache(0..2).unwrap(), &[run(0, 0, 1)]);
+        first.hidden = states(Dtype::Bf16, 1);
+        first.done = Box::new(move |_, _| {
+            arrived.send(()).unwrap();
+            held.recv_timeout(PATIENCE).unwrap();
+        });
+        engine.submit(first);
+        here.recv_timeout(PATIENCE).unwrap();
+        let submit = |cache: Cache| {
+            let (mut job, answers) = job(cache, &[run(0, position, 1)]);
+            job.hidden = states(Dtype::Bf16, 1);
+            engine.submit(job);
+            answers
+        };
+        let answers: Vec<_> = caches.drain(..).map(submit).collect();
+        go_on.send(()).unwrap();
+        let answered = |answers: &Receiver<Answer>| answers.recv_timeout(PATIENCE).unwrap();
+        caches.extend(answers.iter().map(answered).map(|(cache, result)| (cache, result.unwrap()).0));
+    };
+    step(0);
+    step(1);
+    let passes = engine.load_now().passes;
+    let ((), found) = watched(engine, || (2..2 + steps).for_each(&mut step));
+    let passes = engine.load_now().passes - passes;
+    assert_eq!(passes as usize, 2 * steps + 2, "they did not share their passes");
+    assert_eq!(found, [0, 0, 0], "{SESSIONS} sessions: answers, others, the largest of these");
+}
+
+/// A client's part of a token: the logits, and the embedding of what was chosen.
+fn edges_decode(edges: &Edges, threads: usize, steps: usize) {
+    let pool = ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    let found = pool.install(|| {
+        let (seat, mut logits) = (edges.seat(), Vec::new());
+        for step in 0..3 + steps {
+            if step == 3 {
+                rayon::broadcast(|_| WATCHED.set(true));
+            }
+            let ids = [0, 1, 2].map(|lane| (7 * step + lane) as u32);
+            let hidden = edges.embed(&ids, Dtype::Bf16).unwrap();
+            logits = edges.logits_at(&seat, &hidden, logits).unwrap();
+        }
+        rayon::broadcast(|_| WATCHED.set(false));
+        found()
+    });
+    assert_eq!(found, [steps, 0, 0], "embeddings, others, the largest of these");
+}
+
 /// One test, because what is counted is counted for the process.
 #[test]
 fn a_decode_step_allocates_nothing_large_but_its_answer() {
     let cases = [
-        ("llama", Dtype::F32, 1, 100),
-        ("llama", Dtype::Bf16, 1, 50),
-        ("llama", Dtype::Bf16, 2, 50),
-        ("mixtral", Dtype::F32, 1, 20),
+        ("llama", Dtype::F32, Quant::Auto, 1, 50),
+        ("llama", Dtype::Bf16, Quant::Auto, 1, 20),
+        ("llama", Dtype::Bf16, Quant::Auto, 2, 50),
+        ("llama", Dtype::Bf16, Quant::Q8_0, 2, 20),
+        ("llama", Dtype::Bf16, Quant::Q4K, 2, 20),
+        ("mixtral", Dtype::F32, Quant::Auto, 1, 20),
+        ("gpt_oss", Dtype::Bf16, Quant::Auto, 1, 20),
     ];
-    for (family, dtype, threads, steps) in cases {
+    for (family, dtype, quant, threads, steps) in cases {
+        println!("{family} in {dtype} and {quant} on {threads} threads");
         let dir = tempfile::tempdir().unwrap();
-        let engine = engine(&checkpoint(family, dir.path()), dtype, threads);
-        let lanes = |position: usize, tokens: usize| [0, 1, 2].map(|lane| run(lane, position, tokens));
-        let (mut cache, _) = large_step(&engine, engine.cache(0..2).unwrap(), &lanes(0, 20), Keep::LastOfEachLane);
-        for position in 20..22 + steps {
-            // The first steps are for what is made once.
-            if position == 22 {
-                watch(&engine, true);
-            }
-            (cache, _) = large_step(&engine, cache, &lanes(position, 1), Keep::LastOfEachLane);
-        }
-        watch(&engine, false);
-        let found = [&ANSWERS, &OTHERS, &LARGEST].map(|number| number.swap(0, Ordering::Relaxed));
-        assert_eq!(
-            found,
-            [steps, 0, 0],
-            "{family} {dtype} on {threads} threads: answers, others, the largest of these"
-        );
+        let checkpoint = if family == "gpt_oss" { with_mxfp4() } else { checkpoint(family, dir.path()) };
+        let engine = engine(&checkpoint, dtype, quant, threads);
+        lanes_decode(&engine, steps);
+        sessions_decode(&engine, 5);
+        let edges = Edges::load(&checkpoint, EdgesOptions { dtype, quant, ..edges_options(None) }).unwrap();
+        edges_decode(&edges, threads, steps);
     }
 }

@@ -22,6 +22,7 @@ use tokio::sync::oneshot;
 use super::{HopSession, Inner, Reply, replay::Kept, wire_tensor};
 use crate::{
     engine::{LaneLayout, Snapshot, TransferError},
+    model::Quant,
     node::border::Refusal,
     swarm::{
         Frame, Link, SendError, WireCodec, clean,
@@ -197,6 +198,7 @@ impl HopSession {
             kernel_path: self.engine.kernel_path().to_owned(),
             kv_dtype: self.engine.kv_dtype().to_string(),
             whole: inner.replaying.history.is_whole(),
+            quant_settings: self.engine.quant_settings().iter().map(Quant::to_string).collect(),
         };
         let rows = inner.replaying.history.entries().collect();
         let replies = inner.log.kept().cloned().collect();

@@ -19,7 +19,7 @@ use libp2p::PeerId;
 use super::{Cache, HopSession, Inner, NotTaken, Reply, Report, handover::PARTS_AHEAD, replay::Kept};
 use crate::{
     engine::{HiddenStates, LaneLayout, PAGE_TOKENS, TransferError},
-    model::Dtype,
+    model::{Dtype, Quant},
     node::{border::Refusal, held::HeldPermit},
     swarm::{
         Frame, Link,
@@ -237,6 +237,13 @@ impl HopSession {
                 own.0,
                 own.1
             );
+            return Err(Refusal::new(proto::Code::Unsupported, message));
+        }
+        let own = self.engine.quant_settings();
+        if !state.quant_settings.iter().any(|setting| own.iter().any(|own| own.to_string() == *setting)) {
+            let theirs = crate::swarm::clean(&state.quant_settings.join(" or "));
+            let own: Vec<String> = own.iter().map(Quant::to_string).collect();
+            let message = format!("its matrices are those of --quant {theirs}, and here of {}", own.join(" or "));
             return Err(Refusal::new(proto::Code::Unsupported, message));
         }
         if state.confirmed > state.applied {

@@ -30,6 +30,7 @@ fn state() -> proto::SessionState {
         kernel_path: "cpu".to_owned(),
         kv_dtype: "f32".to_owned(),
         whole: true,
+        quant_settings: vec!["none".to_owned(), "of the future".to_owned()],
     }
 }
 
@@ -111,6 +112,8 @@ async fn a_session_that_there_can_not_be_is_not_taken_over() {
         (vec![end()], Code::WrongStep),
         (vec![with(|state| state.kernel_path = "cuda-sm90".to_owned())], Code::Unsupported),
         (vec![with(|state| state.kv_dtype = "q8".to_owned())], Code::Unsupported),
+        (vec![with(|state| state.quant_settings = vec!["q4_k".to_owned()])], Code::Unsupported),
+        (vec![with(|state| state.quant_settings.clear())], Code::Unsupported),
         (vec![with(|state| state.confirmed = 4)], Code::WrongStep),
         (vec![with(|state| state.pages = 3)], Code::WrongPosition),
         (vec![with(|state| state.pages = u64::MAX)], Code::WrongPosition),

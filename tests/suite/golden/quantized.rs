@@ -7,7 +7,7 @@
 
 use helion::model::spec::TensorSpec;
 
-use super::*;
+use super::{super::made::wide, *};
 
 const QUANTS: [Quant; 5] = [Quant::None, Quant::Q8_0, Quant::Q6K, Quant::Q4K, Quant::Q4_0];
 
@@ -42,7 +42,8 @@ fn worst_error(golden: &Golden, dtype: Dtype) -> f64 {
         let packed = match quant {
             Quant::Q8_0 | Quant::Q6K => "q8_0",
             Quant::Q4_0 | Quant::Q4K => "q4_0",
-            Quant::Auto | Quant::None => "none",
+            Quant::Auto => "mxfp4",
+            Quant::None => "none",
         };
         assert_eq!(engine.quantization(), packed);
         let (input, expected) =
@@ -50,17 +51,62 @@ fn worst_error(golden: &Golden, dtype: Dtype) -> f64 {
         let width = input.len() / prompt.len();
         let hidden = HiddenStates::from_f32(Dtype::F32, width, &input);
         let output = Chain::new(&[engine]).step(&lane(0, prompt.len()), hidden, Keep::All).pop().unwrap().to_f32();
-        let rows = output.chunks(width).zip(expected.chunks(width)).zip(input.chunks(width));
-        let mut errors: Vec<f64> = rows
-            .map(|((output, expected), input)| {
-                let error = root_mean_square(output.iter().zip(expected).map(|(a, b)| a - b));
-                error / root_mean_square(expected.iter().zip(input).map(|(a, b)| a - b))
-            })
-            .collect();
-        errors.sort_by(f64::total_cmp);
-        errors[errors.len() / 2]
+        block_error(&input, &output, &expected, width)
     });
     errors.fold(0.0, f64::max)
+}
+
+/// The error of a block that made `output` of `input`, all `[tokens, width]`.
+fn block_error(input: &[f32], output: &[f32], expected: &[f32], width: usize) -> f64 {
+    let rows = output.chunks(width).zip(expected.chunks(width)).zip(input.chunks(width));
+    let mut errors: Vec<f64> = rows
+        .map(|((output, expected), input)| {
+            let error = root_mean_square(output.iter().zip(expected).map(|(a, b)| a - b));
+            error / root_mean_square(expected.iter().zip(input).map(|(a, b)| a - b))
+        })
+        .collect();
+    errors.sort_by(f64::total_cmp);
+    errors[errors.len() / 2]
+}
+
+/// Products with blocks, as an engine of bf16 computes them in integers, against products with the numbers that the blocks stand for,
+/// in an engine of f32: the rows that are rounded are all that they differ in, and rows are rounded as q8_0 rounds.
+fn block_products_only_round_rows(family: &str, quant: Quant, packed: &str) {
+    let golden = Golden { checkpoint: wide(family), quant, kv_dtype: Some(KvDtype::F32), tensors: HashMap::new() };
+    let width = golden.checkpoint.spec().hidden_size;
+    let engines = [Dtype::F32, Dtype::Bf16].map(|dtype| golden.engines(&[1], dtype));
+    // Enough rows for all shapes of products; those that a kernel takes together, and a few more.
+    for rows in [1, 3, 40] {
+        let mut input: Vec<f32> = (0..rows * width).map(|i| ((i * 7919 % 10_007) as f32 - 5003.0) / 3000.0).collect();
+        for (exact, rounded) in engines[0].iter().zip(&engines[1]) {
+            assert_eq!([exact.quantization(), rounded.quantization()], [packed; 2]);
+            let hidden = HiddenStates::from_f32(Dtype::F32, width, &input);
+            let [expected, output] = [exact, rounded].map(|engine| {
+                let mut chain = Chain::new(std::slice::from_ref(engine));
+                chain.step(&lane(0, rows), hidden.clone(), Keep::All).pop().unwrap().to_f32()
+            });
+            let error = block_error(&input, &output, &expected, width);
+            let range = 0.001..bound(Quant::Q8_0);
+            assert!(range.contains(&error), "{family} in {packed}, {rows} rows: {error}");
+            input = expected;
+        }
+    }
+}
+
+#[test]
+fn block_products_compute_what_their_numbers_do() {
+    for (quant, packed) in [(Quant::Q8_0, "q8_0"), (Quant::Q4_0, "q4_0"), (Quant::Q4K, "q4_k"), (Quant::Q6K, "q6_k")] {
+        block_products_only_round_rows("qwen3", quant, packed);
+    }
+    block_products_only_round_rows("mixtral", Quant::Q4K, "q4_k");
+    block_products_only_round_rows("gpt_oss", Quant::Auto, "mxfp4");
+}
+
+/// As the checkpoint has them, its matrices are the reference's: only rows are rounded.
+#[test]
+fn mxfp4_stays_near_the_reference_with_rounded_rows() {
+    let error = worst_error(&Golden::load("gpt_oss"), Dtype::Bf16);
+    assert!(error > 0.001 && error < 2.0 * bound(Quant::Q8_0), "{error}");
 }
 
 fn stays_near_the_reference(family: &str) {
@@ -188,11 +234,16 @@ fn mxfp4_stays_unless_something_else_is_asked_for() {
     let load = |quant: Quant| {
         let golden = Golden { quant, ..Golden::load("gpt_oss") };
         let engine = golden.engine(0..golden.blocks(), Dtype::Bf16);
-        (engine.quantization(), engine.loaded_bytes())
+        (engine.quantization(), engine.loaded_bytes(), engine.quant_settings().to_vec())
     };
     let (auto, none, q8) = (load(Quant::Auto), load(Quant::None), load(Quant::Q8_0));
     assert_eq!((auto.0, none.0, q8.0), ("mxfp4", "none", "q8_0"));
     assert!(auto.1 < q8.1 && q8.1 < none.1);
+    assert_eq!(
+        (auto.2, none.2, q8.2),
+        (vec![Quant::Auto], vec![Quant::None], vec![Quant::Q8_0, Quant::Q6K]),
+        "rows of 64 can't be cut into the blocks of q6_k, which become those of q8_0"
+    );
 }
 
 /// A packed checkpoint computes what its widened numbers do: bit for bit where the columns are in order, and within
