@@ -43,7 +43,9 @@ fn normed(x: &[f64], weight: &[f32]) -> Vec<f64> {
 /// Turns a head's numbers by the angles of a position.
 fn turned(head: &[f64], position: usize) -> Vec<f64> {
     let half = HEAD / 2;
-    let angle = |at: usize| position as f64 * THETA.powf(-2.0 * (at % half) as f64 / HEAD as f64);
+    // Frequencies and angles are f32, as transformers has them: at 32,767 the rounding of an angle is what is left of it elsewhere.
+    let frequency = |at: usize| 1.0 / THETA.powf(2.0 * (at % half) as f64 / HEAD as f64) as f32;
+    let angle = |at: usize| f64::from(position as f32 * frequency(at));
     let other = |at: usize| if at < half { -head[at + half] } else { head[at - half] };
     (0..HEAD).map(|at| head[at] * angle(at).cos() + other(at) * angle(at).sin()).collect()
 }
