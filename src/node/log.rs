@@ -22,6 +22,10 @@ pub enum Arrival<S, R> {
     Refused(Refused),
 }
 
+/// How many times its credit a client may be ahead of a hop. A hop that takes a lost one's place begins behind the others: while it is
+/// told what it lacks, these answer what they had applied, as much as the credit, and the client sends as much again.
+const LEAD: u64 = 2;
+
 /// Why a step needs nothing done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ignored {
@@ -52,14 +56,14 @@ pub enum Refused {
     #[error("steps are numbered from 1; this one is 0")]
     Zero,
     /// More steps under way than the ticket allows.
-    #[error("step {number} is more than {credit} ahead of the last applied one, {applied}")]
+    #[error("step {number} is more than {most} ahead of the last applied one, {applied}")]
     BeyondCredit {
         /// The step.
         number: u64,
         /// The last applied one.
         applied: u64,
-        /// The ticket's `max_in_flight`.
-        credit: u64,
+        /// [`LEAD`] times the ticket's `max_in_flight`.
+        most: u64,
     },
 }
 
@@ -137,8 +141,9 @@ impl<S, R: Clone> StepLog<S, R> {
             };
         }
         let ahead = number - self.applied;
-        if ahead > self.credit {
-            return Arrival::Refused(Refused::BeyondCredit { number, applied: self.applied, credit: self.credit });
+        let most = LEAD * self.credit;
+        if ahead > most {
+            return Arrival::Refused(Refused::BeyondCredit { number, applied: self.applied, most });
         }
         if self.held.contains_key(&number) || (self.running == Some(epoch) && ahead == 1) {
             return Arrival::Ignored(Ignored::UnderWay);
@@ -356,6 +361,19 @@ mod tests {
     }
 
     #[test]
+    fn a_client_whose_answers_come_from_the_hops_behind_is_ahead_of_a_replay() {
+        let mut log = Log::new(2, 4);
+        // Step 1 was answered; 2 to 5 are under way, and the hops behind have them already.
+        assert!(log.fill(1));
+        for number in 2..=9 {
+            // With each answer from there the client sends one more.
+            assert_eq!(log.arrive(2, number, number), Arrival::Held);
+        }
+        assert!(matches!(log.arrive(2, 10, 10), Arrival::Refused(Refused::BeyondCredit { .. })));
+        assert_eq!(log.filled(), Some(2));
+    }
+
+    #[test]
     fn a_log_that_takes_over_stands_where_the_other_one_stood() {
         let (mut left, mut log) = (Log::new(1, 3), Log::new(2, 3));
         for number in 1..=5 {
@@ -379,14 +397,14 @@ mod tests {
     #[test]
     fn credit_bounds_what_is_held() {
         let mut log = Log::new(1, 2);
-        assert_eq!(log.arrive(1, 2, 2), Arrival::Held);
-        assert!(matches!(log.arrive(1, 3, 3), Arrival::Refused(Refused::BeyondCredit { credit: 2, .. })));
+        assert_eq!(log.arrive(1, 4, 4), Arrival::Held);
+        assert!(matches!(log.arrive(1, 5, 5), Arrival::Refused(Refused::BeyondCredit { most: 4, .. })));
         assert!(matches!(log.arrive(1, u64::MAX, 3), Arrival::Refused(Refused::BeyondCredit { .. })));
     }
 
     proptest! {
         /// Whatever arrives, in whatever order and however often: each number is applied once, in order, and no more is
-        /// held or kept than the credit.
+        /// kept than the credit, or held than the client may be ahead.
         #[test]
         fn applied_once_in_order_and_bounded(
             arrivals in proptest::collection::vec((0u64..3, 0u64..12, any::<bool>()), 1..200),
@@ -404,7 +422,8 @@ mod tests {
                     ran.push(step);
                     in_hand = log.applied(step * 10);
                 }
-                prop_assert!(log.held.len() <= credit as usize && log.kept.len() <= credit as usize);
+                let credit = credit as usize;
+                prop_assert!(log.held.len() <= LEAD as usize * credit && log.kept.len() <= credit);
                 prop_assert_eq!(log.is_running(), in_hand.is_some());
             }
             let expected: Vec<u64> = (1..=ran.len() as u64).collect();
