@@ -48,8 +48,13 @@ const REFRESH_AFTER_A_PEER: Duration = Duration::from_millis(20);
 /// How long a look-up in the DHT is waited for where peers have told what they know.
 const QUICK_LOOK_UP: Duration = Duration::from_secs(3);
 
-/// A probe that shows a link's bandwidth; a request may have 64 KiB.
+/// Probes that show a link's bandwidth; a request may have 64 KiB. The large one is sent only where the small one came back soon: on
+/// a narrow link it would keep somebody's steps waiting for seconds.
+const SMALL_ECHO_BYTES: usize = 4 * 1024;
 const ECHO_BYTES: usize = 48 * 1024;
+
+/// How much later than an empty probe the small echo may come: it was some 80 KB/s both ways then, and the large one takes half a second more.
+const SOON: Duration = Duration::from_millis(100);
 
 /// Peers to which the bandwidth is measured at a time.
 const ECHOES: usize = 32;
@@ -304,21 +309,27 @@ impl Observer {
     }
 
     async fn measure_echo(&self, rtt: Duration, peer: Announcement) {
-        let probe = rpc::ProbeRequest { payload: vec![0; ECHO_BYTES].into() };
-        let request = rpc::Request { body: Some(rpc::request::Body::Probe(probe)) };
-        let started = Instant::now();
-        let answer = self.swarm.request(peer.peer_id, &peer.addresses, request, PROBE_TIMEOUT).await;
-        let took = started.elapsed();
-        match answer {
-            Ok(_) => {
-                let later = took.saturating_sub(rtt);
-                self.learn(peer.peer_id, |speeds, now| speeds.learn_echo(ECHO_BYTES, later, now));
+        for bytes in [SMALL_ECHO_BYTES, ECHO_BYTES] {
+            let probe = rpc::ProbeRequest { payload: vec![0; bytes].into() };
+            let request = rpc::Request { body: Some(rpc::request::Body::Probe(probe)) };
+            let started = Instant::now();
+            let answer = self.swarm.request(peer.peer_id, &peer.addresses, request, PROBE_TIMEOUT).await;
+            let took = started.elapsed();
+            match answer {
+                Ok(_) => {
+                    let later = took.saturating_sub(rtt);
+                    if bytes == SMALL_ECHO_BYTES && later <= SOON {
+                        continue;
+                    }
+                    self.learn(peer.peer_id, |speeds, now| speeds.learn_echo(bytes, later, now));
+                }
+                // Whoever takes longer than that has a narrow link, or one on which something else is under way.
+                Err(RpcError::Timeout { .. }) => {
+                    self.learn(peer.peer_id, |speeds, now| speeds.learn_no_echo(bytes, took, now));
+                }
+                Err(error) => tracing::debug!(peer = %peer.peer_id, %error, "the bandwidth can't be measured"),
             }
-            // Whoever takes longer than that has a narrow link, or one on which something else is under way.
-            Err(RpcError::Timeout { .. }) => {
-                self.learn(peer.peer_id, |speeds, now| speeds.learn_no_echo(ECHO_BYTES, took, now));
-            }
-            Err(error) => tracing::debug!(peer = %peer.peer_id, %error, "the bandwidth can't be measured"),
+            return;
         }
     }
 

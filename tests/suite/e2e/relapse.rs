@@ -94,7 +94,7 @@ impl Scene {
 
     /// A peer with these blocks that is told everything slowly: a part takes a sixth of a second.
     async fn far(&self, blocks: &str) -> FarNode {
-        let narrow = Profile { one_way: Duration::ZERO, bits_per_second: Some(2e5) };
+        let narrow = Profile { one_way: Duration::ZERO, bits_per_second: Some(1e5) };
         let far = FarNode::start(&self.place, &self.model, &self.bootstrap, blocks, narrow);
         self.look_around().await;
         far

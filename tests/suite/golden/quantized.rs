@@ -86,7 +86,8 @@ fn block_products_only_round_rows(family: &str, quant: Quant, packed: &str) {
                 chain.step(&lane(0, rows), hidden.clone(), Keep::All).pop().unwrap().to_f32()
             });
             let error = block_error(&input, &output, &expected, width);
-            let range = 0.001..bound(Quant::Q8_0);
+            // More than nothing: rows were rounded.
+            let range = 1e-5..bound(Quant::Q8_0);
             assert!(range.contains(&error), "{family} in {packed}, {rows} rows: {error}");
             input = expected;
         }
