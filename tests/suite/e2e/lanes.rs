@@ -291,7 +291,7 @@ async fn steps_that_break_the_rules_of_lanes_are_refused() {
         (step(&[(0, 1), (0, 2)], &[]), proto::Code::TooLarge),
         (rows, proto::Code::WrongStep),
         (answered, proto::Code::WrongStep),
-        (proto::Step { number: 9, ..step(&[(0, 1)], &[]) }, proto::Code::WrongStep),
+        (proto::Step { number: 10, ..step(&[(0, 1)], &[]) }, proto::Code::WrongStep),
     ] {
         let session = raw(&mut stranger, &client, &nodes[0]).await.session;
         let body = proto::frame::Body::Step(step.clone());

@@ -30,7 +30,7 @@ use super::{
     sessions::info,
     strangers::{pass_for_honest, server},
 };
-use crate::link::Profile;
+use crate::link::{LongLink, Profile};
 
 /// Three hops, and what they generate where nobody is lost.
 struct Scene {
@@ -38,12 +38,17 @@ struct Scene {
     model: std::path::PathBuf,
     bootstrap: Server,
     nodes: Vec<Server>,
+    /// To the first hop: a peer that dialled it is told everything over this one.
+    first: Arc<LongLink>,
     client: Client,
     reference: Reference,
 }
 
 /// A generation in a task of its own.
 type Generating = tokio::task::JoinHandle<Result<Generation, ClientError>>;
+
+/// A part of a replay takes a sixth of a second.
+const NARROW: Profile = Profile { one_way: Duration::ZERO, bits_per_second: Some(1e5) };
 
 const SPANS: [&str; 3] = ["0:2", "2:4", "4:6"];
 
@@ -57,12 +62,24 @@ impl Scene {
     async fn new(others: &[&str], prompt: usize, patience: Patience) -> Self {
         let place = Place::new();
         let model = changed(&place, "llama", r#"{"max_position_embeddings": 2048}"#);
-        let (bootstrap, nodes) = place.swarm(&model, &[&SPANS, others].concat(), &[]);
+        let wide = Profile { one_way: Duration::ZERO, bits_per_second: None };
+        let bootstrap = place.bootstrap();
+        let FarNode { proxy, node } = FarNode::start(&place, &model, &bootstrap, SPANS[0], wide);
+        let spans = SPANS[1..].iter().chain(others);
+        let others = spans.map(|span| place.node(&model, &bootstrap, &["--blocks", span]));
+        let nodes: Vec<Server> = std::iter::once(node).chain(others).collect();
         let route = nodes[..3].iter().map(|node| node.peer_id.parse().unwrap()).collect();
         let client = client(&model, &bootstrap, patience).await.with_rules(PeerRules { route, ..PeerRules::default() });
         let prompt: Vec<u32> = (0..prompt as u32).map(|i| i * 37 % 511 + 1).collect();
-        let mut scene =
-            Self { place, model, bootstrap, nodes, client, reference: Reference { prompt, output: Vec::new() } };
+        let mut scene = Self {
+            place,
+            model,
+            bootstrap,
+            nodes,
+            first: Arc::new(proxy),
+            client,
+            reference: Reference { prompt, output: Vec::new() },
+        };
         scene.reference.output = scene.generate(&[]).await.unwrap().unwrap().output_ids;
         scene
     }
@@ -79,12 +96,13 @@ impl Scene {
             ..GenerationOptions::default()
         };
         let processes: Vec<u32> = killed.iter().map(|node| self.nodes[*node].running.child.id()).collect();
-        let (client, prompt) = (self.client.clone(), self.reference.prompt.clone());
+        let (client, prompt, first) = (self.client.clone(), self.reference.prompt.clone(), self.first.clone());
         tokio::spawn(async move {
             let mut tokens = 0;
             let mut watch = |event| {
                 tokens += u32::from(matches!(event, GenerationEvent::Token { .. }));
                 if tokens == 4 && matches!(event, GenerationEvent::Token { .. }) {
+                    first.set(NARROW);
                     processes.iter().copied().for_each(kill);
                 }
             };
@@ -92,10 +110,9 @@ impl Scene {
         })
     }
 
-    /// A peer with these blocks that is told everything slowly: a part takes a sixth of a second.
+    /// A peer with these blocks that is told everything slowly, whoever dialled whom.
     async fn far(&self, blocks: &str) -> FarNode {
-        let narrow = Profile { one_way: Duration::ZERO, bits_per_second: Some(1e5) };
-        let far = FarNode::start(&self.place, &self.model, &self.bootstrap, blocks, narrow);
+        let far = FarNode::start(&self.place, &self.model, &self.bootstrap, blocks, NARROW);
         self.look_around().await;
         far
     }
