@@ -421,8 +421,8 @@ impl Active {
 /// The same memory for other segments.
 fn emptied<'a>(mut segments: Vec<Segment<'_>>) -> Vec<Segment<'a>> {
     segments.clear();
-    // Nothing is left to be mapped, and the standard library collects into the memory that it collects from.
-    segments.into_iter().filter_map(|_| None).collect()
+    // The standard library collects into the memory that it collects from.
+    segments.into_iter().map(|_| unreachable!("nothing is left in it")).collect()
 }
 
 /// The runs of `lanes` that have a part in rows `first..first + count` of the step, and these parts.
