@@ -62,7 +62,7 @@ pub enum Refused {
         number: u64,
         /// The last applied one.
         applied: u64,
-        /// [`LEAD`] times the ticket's `max_in_flight`.
+        /// Twice the ticket's `max_in_flight`.
         most: u64,
     },
 }
