@@ -112,9 +112,7 @@ impl LongLink {
 
     /// Cuts the connections that there are; new ones are taken.
     pub(crate) fn cut(&self) {
-        for (_, end) in self.line.ends.lock().unwrap().drain(..) {
-            let _ = end.shutdown(Shutdown::Both);
-        }
+        self.line.close(Dialers::All);
     }
 
     /// From now on.
@@ -126,15 +124,7 @@ impl LongLink {
     pub(crate) fn disturb(&self, dialers: Dialers, trouble: Trouble) {
         self.line.troubles.lock().unwrap().push((dialers, trouble));
         if trouble == Trouble::Cut {
-            let mut ends = self.line.ends.lock().unwrap();
-            ends.retain(|(port, end)| {
-                let is_cut = dialers.include(*port);
-                if is_cut {
-                    // It may have ended already.
-                    let _ = end.shutdown(Shutdown::Both);
-                }
-                !is_cut
-            });
+            self.line.close(dialers);
         }
     }
 
@@ -152,6 +142,13 @@ impl Dialers {
 }
 
 impl Line {
+    fn close(&self, dialers: Dialers) {
+        for (_, end) in self.ends.lock().unwrap().extract_if(.., |(port, _)| dialers.include(*port)) {
+            // It may have ended already.
+            let _ = end.shutdown(Shutdown::Both);
+        }
+    }
+
     fn is_cut(&self, dialer: u16) -> bool {
         let troubles = self.troubles.lock().unwrap();
         troubles.iter().any(|(dialers, trouble)| dialers.include(dialer) && *trouble == Trouble::Cut)

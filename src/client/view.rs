@@ -345,8 +345,19 @@ impl From<&PeerView> for PeerStatus {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    /// A model called "m", of peers in one of these quantizations.
+    pub(in crate::client) fn identity(quants: &[&str]) -> ModelIdentity {
+        ModelIdentity {
+            name: "m".to_owned(),
+            argument: "m".to_owned(),
+            dht_prefix: "m".to_owned(),
+            fingerprint: Fingerprint([7; 32]),
+            quants: quants.iter().map(ToString::to_string).collect(),
+        }
+    }
 
     fn peer(span: Range<usize>, quant: &str) -> Announcement {
         let quant = quant.to_owned();
@@ -361,13 +372,6 @@ mod tests {
 
     #[test]
     fn peers_in_another_quantization_than_the_one_asked_for_are_left_out_and_named() {
-        let identity = |quants: &[&str]| ModelIdentity {
-            name: "m".to_owned(),
-            argument: "m".to_owned(),
-            dht_prefix: "m".to_owned(),
-            fingerprint: Fingerprint([7; 32]),
-            quants: quants.iter().map(ToString::to_string).collect(),
-        };
         let peers = [peer(0..4, "none"), peer(4..8, "q4_k"), peer(4..8, "q8_0")];
         for (quants, coverage) in [
             (&[][..], [1, 1, 1, 1, 2, 2, 2, 2]),
@@ -388,13 +392,7 @@ mod tests {
 
     #[test]
     fn peers_that_do_not_speak_the_codec_are_left_out_and_named() {
-        let identity = ModelIdentity {
-            name: "m".to_owned(),
-            argument: "m".to_owned(),
-            dht_prefix: "m".to_owned(),
-            fingerprint: Fingerprint([7; 32]),
-            quants: Vec::new(),
-        };
+        let identity = identity(&[]);
         let old = peer(0..8, "none");
         let new = Announcement { wire_codecs: vec![WireCodec::Q8], ..peer(0..6, "none") };
         let mut view = SwarmView { codec: WireCodec::Q8, ..SwarmView::new(identity.clone(), 8) };

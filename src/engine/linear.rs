@@ -1,5 +1,4 @@
 //! Linear layers: matrices that read the same rows, and a bias.
-
 //!
 //! A layer is one call, [`Linear::forward`], or three, which its neighbours in a block do their part of: who makes its rows puts them
 //! where the product reads them ([`Linear::slots`]), the product is computed ([`Linear::multiply`]), and who needs the result takes rows

@@ -3,10 +3,9 @@
 use super::*;
 use crate::{
     client::{
-        local_model::ModelIdentity,
         speeds::{HopStep, Load},
+        view::tests::identity,
     },
-    model::fingerprint::Fingerprint,
     swarm::announcement::State,
 };
 
@@ -14,14 +13,7 @@ const MS: Duration = Duration::from_millis(1);
 
 /// A view of peers that serve all of 8 blocks, one after the other: their round trips in ms, and free tokens.
 fn view(peers: &[(u32, u64)]) -> SwarmView {
-    let identity = ModelIdentity {
-        name: "m".to_owned(),
-        argument: "m".to_owned(),
-        dht_prefix: "m".to_owned(),
-        fingerprint: Fingerprint([7; 32]),
-        quants: Vec::new(),
-    };
-    let mut view = SwarmView::new(identity, 8);
+    let mut view = SwarmView::new(identity(&[]), 8);
     for &(rtt_ms, cache_tokens_left) in peers {
         let announcement = Announcement {
             span: 0..8,

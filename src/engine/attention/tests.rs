@@ -12,17 +12,10 @@ use super::{
     kernel::Kernel,
     tile::{Attend, TileRoom},
 };
-use crate::model::{Dtype, KvDtype, spec::AlibiSpec};
-
-/// Numbers that look random, in -1..1.
-fn numbers(count: usize, seed: u32) -> Vec<f32> {
-    let mut state = seed;
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..count).map(|_| next()).collect()
-}
+use crate::{
+    engine::kernels::tests::numbers,
+    model::{Dtype, KvDtype, spec::AlibiSpec},
+};
 
 /// What is left of one token's keys, or values, in one head after it was kept.
 fn kept(dtype: KvDtype, numbers: &[f32]) -> Vec<f64> {

@@ -27,6 +27,11 @@ pub(in crate::engine) fn random(count: usize, seed: u32) -> Vec<f32> {
     (0..count).map(|_| next()).collect()
 }
 
+/// The same from -1 to 1.
+pub(in crate::engine) fn numbers(count: usize, seed: u32) -> Vec<f32> {
+    random(count, seed).into_iter().map(|number| 2.0 * number).collect()
+}
+
 fn random_bytes(count: usize, seed: u32) -> Vec<u8> {
     random(count, seed).into_iter().map(|value| ((value + 0.5) * 65_536.0) as u32 as u8).collect()
 }

@@ -5,7 +5,7 @@ use safetensors::{Dtype as StoredDtype, serialize_to_file, tensor::TensorView};
 use serde_json::json;
 
 use super::*;
-use crate::model::family::read_config;
+use crate::{engine::kernels::tests::numbers, model::family::read_config};
 
 const TOKENS: usize = 32 << 10;
 /// Tokens that are compared: those of short contexts, on both sides of a page's end, and the last ones, which are decoded.
@@ -18,16 +18,6 @@ const THETA: f64 = 10_000.0;
 const EPSILON: f64 = 1e-5;
 /// Of the first block, which makes its part of the reference cheap: all tokens need it. The second block sees everything.
 const WINDOW: usize = 50;
-
-/// Numbers from -1 to 1 that look random.
-fn numbers(count: usize, seed: u32) -> Vec<f32> {
-    let mut state = seed;
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..count).map(|_| next()).collect()
-}
 
 /// A matrix `[outputs, inputs]`.
 fn product(matrix: &[f32], x: &[f64]) -> Vec<f64> {

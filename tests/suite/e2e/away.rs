@@ -1,6 +1,6 @@
 //! Connections that are cut while the hops live: they are made again, and nothing is computed again.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use helion::client::{
     generation::{GenerationEvent, GenerationOptions},
@@ -21,12 +21,18 @@ fn options(max_tokens: usize) -> GenerationOptions {
     GenerationOptions { max_tokens, ignore_eos: true, wait: HANG, ..GenerationOptions::default() }
 }
 
+/// Half of the blocks at the end of a long link, half of them here.
+fn far_and_near(place: &Place, model: &Path) -> (Server, FarNode, Server) {
+    let bootstrap = place.bootstrap();
+    let far = FarNode::start(place, model, &bootstrap, "0:3", Profile::round_trip(ROUND_TRIP));
+    let near = place.node(model, &bootstrap, &["--blocks", "3:6"]);
+    (bootstrap, far, near)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_over_a_long_link_is_made_again() {
     let (place, model) = (Place::new(), fixture("llama"));
-    let bootstrap = place.bootstrap();
-    let far = FarNode::start(&place, &model, &bootstrap, "0:3", Profile::round_trip(ROUND_TRIP));
-    let near = place.node(&model, &bootstrap, &["--blocks", "3:6"]);
+    let (bootstrap, far, near) = far_and_near(&place, &model);
     let client = client(&model, &bootstrap, Patience::default()).await;
     let reference = reference(&model);
     let (mut tokens, mut spare) = (0, None);
@@ -54,9 +60,7 @@ async fn a_connection_over_a_long_link_is_made_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_conversation_that_is_cut_off_while_it_rests_keeps_what_it_has() {
     let (place, model) = (Place::new(), fixture("qwen3"));
-    let bootstrap = place.bootstrap();
-    let far = FarNode::start(&place, &model, &bootstrap, "0:3", Profile::round_trip(ROUND_TRIP));
-    let near = place.node(&model, &bootstrap, &["--blocks", "3:6"]);
+    let (bootstrap, far, near) = far_and_near(&place, &model);
     let client = client(&model, &bootstrap, Patience::default()).await;
     let reference = reference(&model);
     let mut kept = None;

@@ -10,7 +10,7 @@ use helion::swarm::{
 use proto::frame::Body;
 
 use super::{
-    harness::{HANG, Place, fixture},
+    harness::{HANG, Place, Server, fixture},
     strangers::{Stranger, client, foreign_step, frame, limits, ticket},
 };
 
@@ -43,19 +43,31 @@ struct Scene {
     owner: Stranger,
     before: Stranger,
     node: Announcement,
+    process: Server,
     template: Ticket,
+    _bootstrap: Server,
+    _place: Place,
 }
 
 impl Scene {
+    async fn start(limits: SessionLimits) -> Self {
+        let (place, model) = (Place::new(), fixture("llama"));
+        let (bootstrap, mut nodes) = place.swarm(&model, &["0:3"], &[]);
+        let client = client(&model, &bootstrap).await;
+        let node = client.observer().look_up().await.unwrap().peers.remove(0).announcement;
+        let (owner, before) = (Stranger::join(&bootstrap).await, Stranger::join(&bootstrap).await);
+        let template = Ticket { limits, ..ticket(&client, owner.swarm.peer_id(), node.peer_id, 0..3) };
+        let process = nodes.remove(0);
+        Self { owner, before, node, process, template, _bootstrap: bootstrap, _place: place }
+    }
+
     /// Opens a session in which the node hears steps from the client, or from the hop before it.
     async fn open(&mut self, by_client: bool) -> Ticket {
         let own = self.owner.swarm.peer_id();
         let upstream = if by_client { own } else { self.before.swarm.peer_id() };
         let session = helion::swarm::ticket::SessionId::random();
         let ticket = Ticket { session, upstream, ..self.template.clone() };
-        let open = ticket.sign(self.owner.swarm.identity().keypair()).unwrap();
-        let answer = self.owner.ask(&self.node, frame(session, 1, Body::Open(open)), vec![]).await;
-        assert!(matches!(answer, Body::Opened(_)), "{answer:?}");
+        self.owner.open(&self.node, &ticket).await;
         ticket
     }
 
@@ -79,14 +91,7 @@ async fn heard(peer: &mut Stranger) -> Body {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_hop_sends_wrong_is_not_the_clients_fault() {
     use proto::{Blame, Code};
-    let (place, model) = (Place::new(), fixture("llama"));
-    let (bootstrap, _nodes) = place.swarm(&model, &["0:3"], &[]);
-    let client = client(&model, &bootstrap).await;
-    let node = client.observer().look_up().await.unwrap().peers.remove(0).announcement;
-    let (owner, before) = (Stranger::join(&bootstrap).await, Stranger::join(&bootstrap).await);
-    let limits = SessionLimits { max_lanes: 2, max_tokens: 30, ..limits(40) };
-    let template = Ticket { limits, ..ticket(&client, owner.swarm.peer_id(), node.peer_id, 0..3) };
-    let mut scene = Scene { owner, before, node, template };
+    let mut scene = Scene::start(SessionLimits { max_lanes: 2, max_tokens: 30, ..limits(40) }).await;
 
     let cases: Vec<(Body, Vec<u8>, Code)> = vec![
         (foreign_step(1, 5), vec![0; ROW], Code::WrongPosition),
@@ -117,13 +122,7 @@ async fn what_a_hop_sends_wrong_is_not_the_clients_fault() {
 /// The client sees that a replay goes on, wherever in the route that is.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_client_hears_of_every_part_of_a_replay_between_hops() {
-    let (place, model) = (Place::new(), fixture("llama"));
-    let (bootstrap, _nodes) = place.swarm(&model, &["0:3"], &[]);
-    let client = client(&model, &bootstrap).await;
-    let node = client.observer().look_up().await.unwrap().peers.remove(0).announcement;
-    let (owner, before) = (Stranger::join(&bootstrap).await, Stranger::join(&bootstrap).await);
-    let template = ticket(&client, owner.swarm.peer_id(), node.peer_id, 0..3);
-    let mut scene = Scene { owner, before, node, template };
+    let mut scene = Scene::start(limits(40)).await;
     let ticket = scene.open(false).await;
     for index in 0..3 {
         scene.send(false, &ticket, replay(index, vec![run(0, u64::from(index), 1)], 1), vec![0; ROW]).await;
@@ -136,21 +135,13 @@ async fn the_client_hears_of_every_part_of_a_replay_between_hops() {
 /// A client that shows a ticket to a node that leaves is told so, as it may have been away when the others were.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_leaves_tells_whoever_comes_back() {
-    let (place, model) = (Place::new(), fixture("llama"));
-    let (bootstrap, nodes) = place.swarm(&model, &["0:3"], &[]);
-    let client = client(&model, &bootstrap).await;
-    let node = client.observer().look_up().await.unwrap().peers.remove(0).announcement;
-    let (owner, before) = (Stranger::join(&bootstrap).await, Stranger::join(&bootstrap).await);
-    let template = ticket(&client, owner.swarm.peer_id(), node.peer_id, 0..3);
-    let mut scene = Scene { owner, before, node, template };
+    let mut scene = Scene::start(limits(40)).await;
     let ticket = scene.open(true).await;
     let is_leaving = |body: &Body| matches!(body, Body::Fault(fault) if fault.code() == proto::Code::Leaving);
-    nodes[0].running.signal("TERM");
+    scene.process.running.signal("TERM");
     let told = scene.client_hears().await;
     assert!(is_leaving(&told), "{told:?}");
-    let again = Ticket { epoch: 2, ..ticket.clone() }.sign(scene.owner.swarm.identity().keypair()).unwrap();
-    let answer = scene.owner.ask(&scene.node, frame(ticket.session, 2, Body::Open(again)), vec![]).await;
-    assert!(matches!(answer, Body::Opened(_)), "{answer:?}");
+    scene.owner.open(&scene.node, &Ticket { epoch: 2, ..ticket }).await;
     let told = scene.client_hears().await;
     assert!(is_leaving(&told), "{told:?}");
 }

@@ -251,10 +251,8 @@ async fn raw(stranger: &mut Stranger, client: &Client, node: &Server) -> Ticket 
     let (own, hop) = (stranger.swarm.peer_id(), node.peer_id.parse::<PeerId>().unwrap());
     let limits = SessionLimits { max_lanes: 3, max_tokens: 64, max_in_flight: 4, max_step_tokens: 40 };
     let ticket = Ticket { limits, ..ticket(client, own, hop, 0..6) };
-    let open = ticket.sign(stranger.swarm.identity().keypair()).unwrap();
     let hop = client.observer().look_up().await.unwrap().peers.remove(0).announcement;
-    let answer = stranger.ask(&hop, frame(ticket.session, 1, proto::frame::Body::Open(open)), vec![]).await;
-    assert!(matches!(answer, proto::frame::Body::Opened(_)), "{answer:?}");
+    stranger.open(&hop, &ticket).await;
     let proto::frame::Body::Step(step) = foreign_step(1, 0) else { unreachable!("it is one") };
     let lanes = vec![proto::LaneRun { lane: 0, position: 0, tokens: 30 }];
     let tensor = step.tensor.map(|tensor| proto::Tensor { rows: 30, ..tensor });

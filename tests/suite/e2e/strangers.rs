@@ -139,6 +139,20 @@ impl Stranger {
         Self { swarm, frames }
     }
 
+    /// Signs a ticket and opens the session on its hop.
+    pub(super) async fn open(&mut self, hop: &Announcement, ticket: &Ticket) -> proto::Opened {
+        match self.ask_to_open(hop, ticket).await {
+            proto::frame::Body::Opened(opened) => opened,
+            other => panic!("not opened: {other:?}"),
+        }
+    }
+
+    /// The same, with whatever comes first.
+    pub(super) async fn ask_to_open(&mut self, hop: &Announcement, ticket: &Ticket) -> proto::frame::Body {
+        let open = ticket.sign(self.swarm.identity().keypair()).unwrap();
+        self.ask(hop, frame(ticket.session, ticket.epoch, proto::frame::Body::Open(open)), vec![]).await
+    }
+
     /// Sends a frame and returns the answer.
     pub(super) async fn ask(
         &mut self,
@@ -336,8 +350,7 @@ async fn a_step_that_overtakes_its_ticket_is_applied() {
     let link = stranger.swarm.link(hop.peer_id, &hop.addresses).await.unwrap();
     let step = Frame { header: frame(ticket.session, 1, foreign_step(1, 0)), payload: vec![0; 256].into() };
     link.send(step).unwrap();
-    let open = ticket.sign(stranger.swarm.identity().keypair()).unwrap();
-    let answer = stranger.ask(&hop, frame(ticket.session, 1, proto::frame::Body::Open(open)), vec![]).await;
+    let answer = stranger.ask_to_open(&hop, &ticket).await;
     let next = stranger.frames.recv().await.unwrap().header.body.unwrap();
     for body in [answer, next] {
         assert!(matches!(body, proto::frame::Body::Opened(_) | proto::frame::Body::Output(_)), "{body:?}");

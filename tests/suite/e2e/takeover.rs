@@ -76,11 +76,8 @@ fn end() -> (Part, Vec<u8>) {
 
 /// A session that waits for `from` to hand it over.
 async fn open(owner: &mut Stranger, hop: &Announcement, ticket: &Ticket) {
-    let open = ticket.sign(owner.swarm.identity().keypair()).unwrap();
-    match owner.ask(hop, frame(ticket.session, 1, Body::Open(open)), vec![]).await {
-        Body::Opened(opened) => assert!(opened.filling && opened.applied == 0, "{opened:?}"),
-        other => panic!("not opened: {other:?}"),
-    }
+    let opened = owner.open(hop, ticket).await;
+    assert!(opened.filling && opened.applied == 0, "{opened:?}");
 }
 
 fn part(ticket: &Ticket, index: usize, part: Part) -> proto::Frame {
@@ -213,9 +210,7 @@ async fn a_session_is_taken_over_from_whom_the_ticket_names() {
     }
     // What the client has not confirmed is there to be sent again, once the route goes on in another epoch.
     let again = Ticket { epoch: 2, take_over_from: None, ..ticket.clone() };
-    let open = again.sign(owner.swarm.identity().keypair()).unwrap();
-    let answer = owner.ask(&hop, frame(ticket.session, 2, Body::Open(open)), vec![]).await;
-    assert!(matches!(answer, Body::Opened(opened) if opened.applied == 3), "{answer:?}");
+    assert_eq!(owner.open(&hop, &again).await.applied, 3);
     let resume = Body::Resume(proto::Resume { applied: 2, replay_hops: 0 });
     match owner.ask(&hop, frame(ticket.session, 2, resume), vec![]).await {
         Body::Output(output) => assert_eq!((output.number, output.tensor.unwrap().rows), (3, 1)),
