@@ -242,7 +242,7 @@ mod tests {
         let mut codes = vec![0; 100];
         let scale = i8::narrow(&numbers, &mut codes);
         for (number, code) in numbers.iter().zip(&codes) {
-            assert!((code.widen() * scale - number).abs() <= scale * 0.500_01, "{number}: {code} of {scale}");
+            assert!((Stored::widen(*code) * scale - number).abs() <= scale * 0.500_01, "{number}: {code} of {scale}");
         }
         assert_eq!(i8::narrow(&[0.0, -0.0], &mut [1, 1]), 0.0);
         let mut codes = [1, 1];
