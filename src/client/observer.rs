@@ -208,6 +208,11 @@ impl Observer {
         answers.into_iter().filter_map(|answer| answer.ok()?.ok()).flatten().collect()
     }
 
+    /// The newest that is known of a peer.
+    pub(crate) fn announcement(&self, peer: PeerId) -> Option<Announcement> {
+        self.known().announcements.get(&peer).cloned()
+    }
+
     fn known(&self) -> MutexGuard<'_, Known> {
         // Every change is one operation on a map.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)

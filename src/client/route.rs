@@ -90,6 +90,9 @@ const BEST_OF_A_BLOCK: usize = 6;
 /// Ways to the end that are kept for a block, where not all are weighed.
 const WAYS: usize = 6;
 
+/// The same where all are weighed: whatever numbers peers announce, no more are worth their time.
+const MOST_WAYS: usize = 256;
+
 /// Runs of blocks that a single search may look at: where peers with long spans have more, cuts lie on a grid, and the best may be missed.
 const MOST_RUNS: usize = 20_000;
 
@@ -396,7 +399,7 @@ impl Search<'_> {
         }
         ways.retain(|way| !is_as_good(&new, way));
         ways.push(new);
-        if self.is_rough && ways.len() > WAYS {
+        if ways.len() > if self.is_rough { WAYS } else { MOST_WAYS } {
             let total = |way: &Way| way.delay + way.sum + self.later_frames * way.slowest;
             let worst = (0..ways.len()).max_by(|a, b| total(&ways[*a]).total_cmp(&total(&ways[*b])));
             worst.map(|worst| ways.swap_remove(worst));

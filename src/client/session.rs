@@ -573,14 +573,13 @@ impl Session {
         if fault.code() == proto::Code::UnknownSession && (index == 0 || fault.number == 0) {
             return self.lost(hop.peer, message);
         }
-        let is_of_a_step = fault.number > 0 && fault.code() != proto::Code::UnknownSession;
         let (at_fault, blame) = match fault.blame() {
             // What a hop received wrong, the one before it made.
             proto::Blame::Upstream if index > 0 => (&self.hops[index - 1], proto::Blame::Hop),
             proto::Blame::Upstream => (hop, proto::Blame::Client),
-            // A hop that hears steps from another one can't know them to be the client's mistake, nor can one that comes late to a
+            // A hop behind another one can't know what it gets to be the client's mistake, nor can one that comes late to a
             // session that works: their word is no reason to end it.
-            proto::Blame::Client if is_of_a_step && index > 0 => (hop, proto::Blame::Hop),
+            proto::Blame::Client if index > 0 => (hop, proto::Blame::Hop),
             proto::Blame::Client if fault.number == 0 && self.confirmed > 0 => (hop, proto::Blame::Hop),
             blame => (hop, blame),
         };

@@ -130,6 +130,9 @@ impl Batcher {
                 return false;
             }
             self.admit(&mut state);
+            if self.ready.is_empty() {
+                state.gather.gives_up(Instant::now());
+            }
             let (now, moves) = (Instant::now(), !state.transfers.is_empty());
             if moves || !self.ready.is_empty() {
                 let until = if moves { None } else { self.company(&mut state, now) };

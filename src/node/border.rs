@@ -150,7 +150,7 @@ impl Hosted {
         let bad = |message: String| Refusal::new(proto::Code::BadTicket, message);
         let to =
             order.to.as_ref().ok_or_else(|| bad("no announcement says who is to take the session over".to_owned()))?;
-        let to = Announcement::from_signed(to, unix_ms())
+        let to = Announcement::of_an_address(to, unix_ms())
             .map_err(|error| bad(format!("the announcement of the peer that is to take the session over: {error}")))?;
         let is_alike = to.dht_prefix == self.dht_prefix && Fingerprint(to.fingerprint) == self.fingerprint;
         let has_blocks = to.span.start <= blocks.start && blocks.end <= to.span.end;
@@ -162,6 +162,18 @@ impl Hosted {
         }
         Ok(to)
     }
+}
+
+/// Times of hops that a step may have passed: more than any route has. A header that was full of them could not be passed on, and who
+/// gets no answer would be taken for gone.
+pub const MOST_TIMES: usize = 1024;
+
+fn check_times(step: &proto::Step) -> Result<(), Refusal> {
+    let times = step.times.len();
+    if times > MOST_TIMES {
+        return Err(Refusal::new(proto::Code::WrongStep, format!("the times of {times} hops, {MOST_TIMES} at most")));
+    }
+    Ok(())
 }
 
 /// A step that passed the border.
@@ -184,6 +196,7 @@ pub struct CheckedStep {
 pub fn check_step(ticket: &Ticket, hidden: usize, step: &proto::Step, payload: Bytes) -> Result<CheckedStep, Refusal> {
     use proto::Code;
     let bad = |message: String| Refusal::new(Code::BadTensor, message);
+    check_times(step)?;
     let tensor = step.tensor.as_ref().ok_or_else(|| bad("the step describes no tensor".to_owned()))?;
     let dtype: Dtype = tensor.dtype().try_into().map_err(|e| bad(format!("{e}")))?;
     if dtype != ticket.wire_dtype {
@@ -255,6 +268,7 @@ pub fn check_step(ticket: &Ticket, hidden: usize, step: &proto::Step, payload: B
 /// # Errors
 /// The refusal to send back.
 pub fn check_lane_changes(step: &proto::Step, payload: &Bytes) -> Result<(), Refusal> {
+    check_times(step)?;
     if step.tensor.is_some() || !step.lanes.is_empty() || !payload.is_empty() {
         return Err(BadLaneChanges::WithRows.into());
     }
@@ -404,6 +418,7 @@ pub(in crate::node) mod tests {
             (step(2, &[(0, 9, 2)]), 16, "grow to 11"),
             (step(2, &[(0, u64::MAX, 2)]), 16, "grow to"),
             (with(&|s| s.want = 9), 16, "wants 9"),
+            (with(&|s| s.times = vec![proto::HopTime::default(); MOST_TIMES + 1]), 16, "times of 1025"),
         ] {
             let refusal = check_step(&ticket, 4, &step, vec![0; payload].into()).unwrap_err();
             assert!(refusal.message.contains(says), "{refusal} should say {says}");
@@ -421,6 +436,7 @@ pub(in crate::node) mod tests {
             (bare.clone(), 1, "send two steps"),
             (proto::Step { want: proto::Want::Last.into(), ..bare.clone() }, 0, "wants 1"),
             (proto::Step { want: 9, ..bare.clone() }, 0, "wants 9"),
+            (proto::Step { times: vec![Default::default(); MOST_TIMES + 1], ..bare.clone() }, 0, "times of 1025"),
         ] {
             let refusal = check_lane_changes(&step, &vec![0; payload].into()).unwrap_err();
             assert_eq!(refusal.code, proto::Code::WrongStep);

@@ -24,7 +24,7 @@ pub enum Arrival<S, R> {
 
 /// How many times its credit a client may be ahead of a hop. A hop that takes a lost one's place begins behind the others: while it is
 /// told what it lacks, these answer what they had applied, as much as the credit, and the client sends as much again.
-const LEAD: u64 = 2;
+pub(super) const LEAD: u64 = 2;
 
 /// Why a step needs nothing done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -234,7 +234,7 @@ impl<S, R: Clone> StepLog<S, R> {
     }
 
     fn start_next(&mut self) -> Option<S> {
-        let next = self.held.remove(&(self.applied + 1));
+        let next = self.held.remove(&self.applied.saturating_add(1));
         self.running = next.is_some().then_some(self.epoch);
         next
     }

@@ -368,7 +368,7 @@ impl Sessions {
         let next = open
             .next
             .as_ref()
-            .map(|next| Announcement::from_signed(next, unix_ms()))
+            .map(|next| Announcement::of_an_address(next, unix_ms()))
             .transpose()
             .map_err(|error| Refusal::new(Code::BadTicket, format!("the next hop's announcement: {error}")))?;
         host.hosted.check_ticket(&ticket, link.peer(), next.as_ref())?;

@@ -28,6 +28,11 @@ use crate::model::Dtype;
 pub const SIGNATURE_DOMAIN: &[u8] = b"helion-announcement-v1\0";
 /// An entry that claims to live longer is refused: after a crash, a ghost is gone by then.
 pub const MAX_LIFETIME: Duration = Duration::from_secs(10 * 60);
+/// How long after it expired an announcement still says where its peer may be dialled: a session's hops outlast what was announced
+/// when it began, and the clocks of two peers may differ.
+pub const MAX_LATENESS: Duration = Duration::from_secs(3600);
+/// What a speed may be, where it isn't 0, which is none: sums and quotients of such numbers are finite.
+const SPEEDS: std::ops::RangeInclusive<f64> = 1e-6..=1e12;
 /// How far the clocks of two machines may be apart before entries at the edge of [`MAX_LIFETIME`] are refused.
 pub const CLOCK_LEEWAY: Duration = Duration::from_secs(60);
 /// Bytes of a whole signed entry. A usual one has about 500.
@@ -208,6 +213,11 @@ pub fn next_sequence(last: u64, now_unix_ms: u64) -> u64 {
 
 /// Checks an entry from outside: sizes, ranges, expiry, and last (it costs 0.1 ms) the signature.
 pub fn verify(signed: &SignedAnnouncement, now_unix_ms: u64) -> Result<Verified, AnnouncementError> {
+    verify_late(signed, now_unix_ms, Duration::ZERO)
+}
+
+/// [`verify`] of an entry that may have expired, so long ago at the most.
+fn verify_late(signed: &SignedAnnouncement, now_unix_ms: u64, late: Duration) -> Result<Verified, AnnouncementError> {
     let bytes = signed.encoded_len();
     if bytes > MAX_SIGNED_BYTES {
         return Err(AnnouncementError::TooLarge { bytes });
@@ -215,7 +225,7 @@ pub fn verify(signed: &SignedAnnouncement, now_unix_ms: u64) -> Result<Verified,
     let body =
         wire::Announcement::decode(signed.body.as_ref()).map_err(|e| AnnouncementError::Malformed(e.to_string()))?;
     check_fields(&body)?;
-    check_expiry(body.expires_unix_ms, now_unix_ms)?;
+    check_expiry(body.expires_unix_ms, now_unix_ms, late)?;
     if signed.public_key.len() > MAX_PUBLIC_KEY_BYTES {
         return Err(refused("public_key", format!("it has {} bytes", signed.public_key.len())));
     }
@@ -275,7 +285,7 @@ fn check_fields(body: &wire::Announcement) -> Result<(), AnnouncementError> {
         ("compute_tokens_per_second", body.compute_tokens_per_second),
         ("network_tokens_per_second", body.network_tokens_per_second),
     ] {
-        if !speed.is_finite() || speed < 0.0 {
+        if speed != 0.0 && !SPEEDS.contains(&speed) {
             return Err(refused(field, format!("{speed} is no speed")));
         }
     }
@@ -307,12 +317,12 @@ fn check_name(field: &'static str, name: &str) -> Result<(), AnnouncementError> 
     Ok(())
 }
 
-fn check_expiry(expires_unix_ms: u64, now_unix_ms: u64) -> Result<(), AnnouncementError> {
+fn check_expiry(expires_unix_ms: u64, now_unix_ms: u64, late: Duration) -> Result<(), AnnouncementError> {
     let limit = (MAX_LIFETIME + CLOCK_LEEWAY).as_millis() as u64;
-    if expires_unix_ms <= now_unix_ms {
+    if expires_unix_ms.saturating_add(late.as_millis() as u64) <= now_unix_ms {
         return Err(AnnouncementError::Expired { ago_ms: now_unix_ms - expires_unix_ms });
     }
-    let ahead_ms = expires_unix_ms - now_unix_ms;
+    let ahead_ms = expires_unix_ms.saturating_sub(now_unix_ms);
     if ahead_ms > limit {
         return Err(AnnouncementError::TooFarAhead { ahead_ms });
     }
@@ -368,7 +378,7 @@ impl Announcement {
     pub fn sign(&self, keypair: &Keypair, now_unix_ms: u64) -> Result<SignedAnnouncement, AnnouncementError> {
         let body = self.to_body();
         check_fields(&body)?;
-        check_expiry(body.expires_unix_ms, now_unix_ms)?;
+        check_expiry(body.expires_unix_ms, now_unix_ms, Duration::ZERO)?;
         let body = body.encode_to_vec();
         let signature = keypair
             .sign(&message_to_sign(&body))
@@ -387,6 +397,11 @@ impl Announcement {
     /// [`verify`] and [`Announcement::try_from`] in one.
     pub fn from_signed(signed: &SignedAnnouncement, now_unix_ms: u64) -> Result<Self, AnnouncementError> {
         Self::try_from(verify(signed, now_unix_ms)?)
+    }
+
+    /// The same of one that only says where a peer was when it last announced itself: it may have expired within [`MAX_LATENESS`].
+    pub fn of_an_address(signed: &SignedAnnouncement, now_unix_ms: u64) -> Result<Self, AnnouncementError> {
+        Self::try_from(verify_late(signed, now_unix_ms, MAX_LATENESS)?)
     }
 
     /// Whether both compute in the same way, so that a block gives the same bits at either.
@@ -573,6 +588,20 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn an_address_outlives_its_announcement_by_an_hour() {
+        let keypair = Keypair::generate_ed25519();
+        let signed = sample(&keypair).sign(&keypair, NOW).unwrap();
+        let (expiry, hour) = (NOW + 60_000, MAX_LATENESS.as_millis() as u64);
+        for now in [NOW - 600_000, NOW, expiry, expiry + hour - 1] {
+            assert!(Announcement::of_an_address(&signed, now).is_ok(), "{now}");
+        }
+        let gone = Announcement::of_an_address(&signed, expiry + hour).unwrap_err();
+        assert_eq!(gone, AnnouncementError::Expired { ago_ms: hour });
+        let ahead = Announcement::of_an_address(&signed, NOW - 600_001).unwrap_err();
+        assert!(matches!(ahead, AnnouncementError::TooFarAhead { .. }), "{ahead}");
+    }
+
+    #[test]
     fn fields_are_checked() {
         let keypair = Keypair::generate_ed25519();
         let good = || sample(&keypair);
@@ -592,7 +621,10 @@ pub(crate) mod tests {
             ("quant_settings", Announcement { quant_settings: vec!["\n".into()], ..good() }),
             ("addresses", Announcement { addresses: vec![address; 17], ..good() }),
             ("compute_tokens_per_second", Announcement { compute_tokens_per_second: f64::NAN, ..good() }),
+            ("compute_tokens_per_second", Announcement { compute_tokens_per_second: 5e-324, ..good() }),
+            ("compute_tokens_per_second", Announcement { compute_tokens_per_second: f64::MAX, ..good() }),
             ("network_tokens_per_second", Announcement { network_tokens_per_second: -1.0, ..good() }),
+            ("network_tokens_per_second", Announcement { network_tokens_per_second: f64::INFINITY, ..good() }),
         ];
         for (expected, announcement) in cases {
             assert_eq!(field(announcement.sign(&keypair, NOW)), expected);

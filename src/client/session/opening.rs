@@ -40,6 +40,18 @@ pub(super) struct HopLink {
 }
 
 impl HopLink {
+    /// Takes over what the peer announced since, if it still serves these blocks: an announcement expires, and where the peer is may
+    /// change while a session lasts.
+    pub(super) fn learn(&mut self, newest: Option<Announcement>) {
+        let (start, end) = (self.blocks.start, self.blocks.end);
+        let is_news = |newest: &Announcement| {
+            newest.sequence > self.announcement.sequence && newest.span.start <= start && end <= newest.span.end
+        };
+        if let Some(newest) = newest.filter(is_news) {
+            self.announcement = newest;
+        }
+    }
+
     /// Without the link.
     pub(super) fn route_hop(&self) -> RouteHop {
         RouteHop { announcement: self.announcement.clone(), blocks: self.blocks.clone() }

@@ -291,7 +291,6 @@ impl Session {
     /// One attempt. `look` up the swarm first, rather than take what is known of it.
     async fn attempt(&mut self, cause: &SessionError, look: bool) -> Result<(), Failed> {
         self.broken = None;
-        self.telling = None;
         if let Some(peer) = cause.peer_to_avoid() {
             // One cut is noticed at both ends of several connections, and told more than once.
             let is_cut = self.hops.iter().any(|hop| hop.peer == peer && hop.link.is_closed());
@@ -341,6 +340,10 @@ impl Session {
     /// The route changes, in a new epoch.
     pub(super) fn next_epoch(&mut self) {
         self.epoch += 1;
+        self.telling = None;
+        for hop in &mut self.hops {
+            hop.learn(self.client.observer().announcement(hop.peer));
+        }
         self.prefix.follow(&self.hops);
         self.moves.rest(Instant::now());
         self.unopened = self.hops.iter().map(|hop| hop.peer).collect();

@@ -234,6 +234,13 @@ impl Gather {
         }
     }
 
+    /// Nobody is here any more: who waited was given up, and so is the wait.
+    pub(in crate::engine) fn gives_up(&mut self, now: Instant) {
+        if let Some(waiting) = self.waiting.take().filter(|waiting| waiting.forms) {
+            self.purse -= seconds(waiting.since, now);
+        }
+    }
+
     /// A pass of `rows` rows, all of sessions that decode, took so long.
     pub(in crate::engine) fn ran(&mut self, rows: usize, took: Took, now: Instant) {
         let Took { time, processor } = took;

@@ -79,6 +79,8 @@ struct Sending {
 /// A replay from upstream.
 #[derive(Debug)]
 struct Filling {
+    /// Whose replay it is. In a later one it goes nowhere, until the client opens the session anew.
+    epoch: u64,
     applied: u64,
     next_index: u32,
     waiting: VecDeque<(proto::Replay, Bytes, HeldPermit)>,
@@ -243,6 +245,7 @@ impl HopSession {
             // Those behind that have nothing either hear it from here, and nothing else before that.
             inner.is_paused = hops_behind > 0;
             inner.replaying.filling = Some(Filling {
+                epoch,
                 applied: replay.applied,
                 next_index: 0,
                 waiting: VecDeque::new(),
@@ -272,7 +275,8 @@ impl HopSession {
 
     /// Computes the next part, where none is being computed.
     fn fill(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>) {
-        let Some(filling) = &mut inner.replaying.filling else { return };
+        let now = inner.log.epoch();
+        let Some(filling) = inner.replaying.filling.as_mut().filter(|filling| filling.epoch == now) else { return };
         if filling.is_computing {
             return;
         }
@@ -339,8 +343,12 @@ impl HopSession {
         }
         inner.cache = Some(cache);
         inner.last_used = Instant::now();
+        let now = inner.log.epoch();
         let Some(filling) = &mut inner.replaying.filling else { return };
         filling.is_computing = false;
+        if filling.epoch != now {
+            return; // whoever is behind this hop now has not heard the parts before it
+        }
         let (applied, hops_behind, upstream) = (filling.applied, filling.hops_behind, filling.upstream.clone());
         let output = match result {
             Ok(output) => output,

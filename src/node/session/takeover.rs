@@ -20,7 +20,11 @@ use super::{Cache, HopSession, Inner, NotTaken, Reply, Report, handover::PARTS_A
 use crate::{
     engine::{HiddenStates, LaneLayout, PAGE_TOKENS, TransferError},
     model::{Dtype, Quant},
-    node::{border::Refusal, held::HeldPermit},
+    node::{
+        border::{self, Refusal},
+        held::HeldPermit,
+        log::LEAD,
+    },
     swarm::{
         Frame, Link,
         history::{Entry, Place},
@@ -28,9 +32,6 @@ use crate::{
         ticket::{SessionLimits, Ticket},
     },
 };
-
-/// Hops that a step may have passed: more than any route has.
-const MOST_TIMES: usize = 1024;
 
 /// How often the client is told that parts are taken: it gives up where nothing goes on for some seconds.
 const TELL_CLIENT_EVERY: Duration = Duration::from_millis(500);
@@ -438,7 +439,9 @@ fn check_rows(
         let is_within = lane < ticket.limits.max_lanes && end <= ticket.limits.max_tokens;
         // What the session began with is of a step 0.
         let is_of_a_step = run.step <= state.applied;
-        let is_past = state.confirmed < run.before && run.before <= state.applied;
+        // A hop forgets what was before steps that are further back than the client may have under way.
+        let settled = state.applied.saturating_sub(LEAD * u64::from(ticket.limits.max_in_flight));
+        let is_past = state.confirmed.max(settled) < run.before && run.before <= state.applied;
         let is_known = if tokens > 0 { is_of_a_step && (is_past || run.before == 0) } else { is_past && position == 0 };
         if !is_within || !is_known {
             return Err(bad(format!("step {} sent on {tokens} rows of lane {lane} from {position}", run.step)));
@@ -460,7 +463,7 @@ fn check_reply(ticket: &Ticket, hidden: usize, step: &proto::Step, payload: Byte
     let rows: u64 = step.lanes.iter().map(|run| u64::from(run.tokens)).sum();
     let most = SessionLimits::LARGEST.max_lanes.min(ticket.limits.max_lanes) as usize;
     let is_within = rows <= u64::from(ticket.limits.max_step_tokens) && step.lanes.len() <= most;
-    if !is_within || output.rows as u64 > rows || step.times.len() > MOST_TIMES {
+    if !is_within || output.rows as u64 > rows || step.times.len() > border::MOST_TIMES {
         let message = format!("a reply of {} rows to a step of {rows} rows", output.rows);
         return Err(Refusal::new(proto::Code::BadTensor, message));
     }

@@ -236,6 +236,8 @@ enum Fate {
     Fails,
     /// It says that the client is to blame.
     Accuses,
+    /// It says so of a step, and that there is no such session.
+    Denies,
 }
 
 /// A peer that passes for a hop.
@@ -261,18 +263,19 @@ impl Service for FalseReplacement {
             Some(Body::Ping(ping)) => answer(Body::Pong(proto::Pong { nonce: ping.nonce })),
             Some(Body::Replay(_)) => {
                 self.parts.fetch_add(1, Ordering::Relaxed);
-                let blame = match self.fate {
+                let (blame, code, number) = match self.fate {
                     Fate::SaysNothing => return,
                     Fate::Dies => {
                         let swarm = self.swarm.get().unwrap().upgrade();
                         tokio::spawn(async move { swarm.unwrap().stop().await });
                         return;
                     }
-                    Fate::Fails => proto::Blame::Hop,
-                    Fate::Accuses => proto::Blame::Client,
+                    Fate::Fails => (proto::Blame::Hop, proto::Code::Internal, 0),
+                    Fate::Accuses => (proto::Blame::Client, proto::Code::Internal, 0),
+                    Fate::Denies => (proto::Blame::Client, proto::Code::UnknownSession, 5),
                 };
-                let code = proto::Code::Internal.into();
-                let fault = Body::Fault(proto::Fault { code, blame: blame.into(), ..Default::default() });
+                let (code, blame) = (code.into(), blame.into());
+                let fault = Body::Fault(proto::Fault { code, blame, number, ..Default::default() });
                 let control = self.control.lock().unwrap().clone().unwrap();
                 let _ = control.send(Frame::bare(proto::Frame { body: Some(fault), ..header }));
             }
@@ -329,4 +332,5 @@ the_replacement! {
     the_replacement_says_nothing: Fate::SaysNothing;
     the_replacement_fails: Fate::Fails;
     the_replacement_blames_the_client: Fate::Accuses;
+    the_replacement_denies_that_it_has_the_session: Fate::Denies;
 }

@@ -14,7 +14,7 @@ use helion::{
     model::Dtype,
     swarm::{
         Frame, Link, Role, Service, State, Swarm, SwarmConfig, WireCodec,
-        announcement::Announcement,
+        announcement::{Announcement, unix_ms},
         identity::Identity,
         proto::{announcement, rpc, session as proto},
         ticket::{SessionId, SessionLimits, Ticket},
@@ -336,6 +336,36 @@ async fn a_rollback_forgets_what_came_after() {
     session.receive().await.unwrap();
     // From position 0 again: the reference's tokens, as if nothing had been there.
     generate_with(&client, &mut session, &model, async |_| {}).await;
+}
+
+/// A session's hops outlast what was announced when it began.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_next_hop_whose_announcement_has_expired_is_found_where_it_was() {
+    let (place, model) = (Place::new(), fixture("llama"));
+    let (bootstrap, _nodes) = place.swarm(&model, &["0:3"], &[]);
+    let client = client(&model, &bootstrap).await;
+    let hop = client.observer().look_up().await.unwrap().peers.remove(0).announcement;
+    let next = server(&bootstrap, Arc::new(Collect(mpsc::channel(1).0))).await;
+    let mut stranger = Stranger::join(&bootstrap).await;
+    let own = stranger.swarm.peer_id();
+    for (minutes, is_opened) in [(6, true), (50, true), (70, false)] {
+        let expired = unix_ms() - minutes * 60_000;
+        let announcement = Announcement {
+            peer_id: next.peer_id(),
+            span: 3..6,
+            addresses: next.addresses(),
+            signed: None,
+            sequence: expired,
+            expires_unix_ms: expired,
+            ..hop.clone()
+        };
+        let ticket = Ticket { downstream: next.peer_id(), ..ticket(&client, own, hop.peer_id, 0..3) };
+        let signed = announcement.sign(next.identity().keypair(), expired - 1000).unwrap();
+        let open = ticket.sign(stranger.swarm.identity().keypair()).unwrap();
+        let open = proto::Open { next: Some(signed), ..open };
+        let answer = stranger.ask(&hop, frame(ticket.session, 1, proto::frame::Body::Open(open)), vec![]).await;
+        assert_eq!(matches!(answer, proto::frame::Body::Opened(_)), is_opened, "{minutes}: {answer:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -102,6 +102,8 @@ async fn a_session_that_there_can_not_be_is_not_taken_over() {
             state.lanes = vec![proto::LaneState { lane, tokens, pages: vec![proto::PageRun { first, count }] }];
         })
     };
+    // What a lane had before a step that was long ago; the client may have 4 steps under way.
+    let before = |before: u64| rows(proto::KeptRun { before, ..kept(1, 0, 0, 2) }, tensor(2), vec![0; 512]);
     let nan = |bytes: usize| [vec![0; bytes - 4], f32::NAN.to_le_bytes().to_vec()].concat();
     let good = with(|_| {});
     let cases: Vec<(Parts, Code)> = vec![
@@ -142,6 +144,7 @@ async fn a_session_that_there_can_not_be_is_not_taken_over() {
             vec![good.clone(), rows(kept(1, 0, 0, 2), proto::Tensor { hidden: 32, ..tensor(2) }, vec![0; 512])],
             Code::BadTensor,
         ),
+        (vec![with(|state| state.applied = 100), before(93), before(92)], Code::WrongPosition),
         (vec![good.clone(), reply(2, tensor(1), vec![0; 256])], Code::WrongStep),
         (vec![good.clone(), reply(4, tensor(1), vec![0; 256])], Code::WrongStep),
         (vec![good.clone(), good_reply(), good_reply()], Code::WrongStep),

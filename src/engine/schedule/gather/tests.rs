@@ -248,6 +248,11 @@ fn whoever_goes_round_at_a_speed_of_its_own_is_hardly_waited_for() {
 /// ended at `ended`.
 fn first_hop(sessions: u64, slowness: f64, ended: Instant) -> Gather {
     let mut gather = Gather::new(Meeting::FirstHop);
+    go_round(&mut gather, sessions, slowness, ended);
+    gather
+}
+
+fn go_round(gather: &mut Gather, sessions: u64, slowness: f64, ended: Instant) {
     let processor = Duration::from_millis(20);
     for round in (0..20).rev() {
         let now = ended - Duration::from_millis(90) * round;
@@ -257,7 +262,23 @@ fn first_hop(sessions: u64, slowness: f64, ended: Instant) -> Gather {
         gather.ran(1, Took { time: processor.mul_f64(slowness), processor }, now);
         here.for_each(|session| gather.stepped(Here { session, rows: 1, arrived: now }, true, now));
     }
-    gather
+}
+
+#[test]
+fn a_wait_that_comes_to_nothing_costs_no_more_than_it_took() {
+    let mut ended = Instant::now() + Duration::from_secs(10);
+    let mut gather = first_hop(4, 2.0, ended);
+    for _ in 0..2 {
+        let arrived = ended + Duration::from_millis(80);
+        gather.came(0, true, arrived);
+        gather.wait(&[Here { session: 0, rows: 1, arrived }], LIMIT, arrived).unwrap();
+        assert!(gather.waiting.is_some_and(|waiting| waiting.forms));
+        // A client closes all its sessions; others come an hour later.
+        (0..4).for_each(|session| gather.forget(session));
+        gather.gives_up(arrived + Duration::from_millis(10));
+        ended += Duration::from_secs(3600);
+        go_round(&mut gather, 4, 2.0, ended);
+    }
 }
 
 #[test]
