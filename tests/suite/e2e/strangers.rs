@@ -23,7 +23,10 @@ use helion::{
 use libp2p::PeerId;
 use tokio::sync::mpsc;
 
-use super::harness::{Place, Server, fixture, network, reference};
+use super::{
+    harness::{Place, Server, fixture, network, reference},
+    sessions::info,
+};
 
 pub(super) async fn client(model: &Path, peer: &Server) -> Client {
     super::harness::client(model, peer, Patience::default()).await
@@ -263,22 +266,28 @@ async fn a_newer_ticket_takes_the_place_of_an_opening_that_waits() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hop_can_not_speak_for_the_client() {
-    // The second hop's place in the chain gives it no right to the first hop's session.
+async fn nobody_speaks_for_a_hop() {
+    // Nor the client for a hop: it is upstream of the first one only.
     let (place, model) = (Place::new(), fixture("llama"));
-    let (bootstrap, _nodes) = place.swarm(&model, &["0:3", "3:6"], &[]);
+    let (bootstrap, nodes) = place.swarm(&model, &["0:3", "3:6"], &[]);
     let client = client(&model, &bootstrap).await;
-    let (session, route) = client.open_session(limits(40), Duration::ZERO).await.unwrap();
-    // The client itself is upstream of the first hop only.
-    let link = {
-        let hop = &route.hops[1].announcement;
-        client.swarm().link(hop.peer_id, &hop.addresses).await.unwrap()
-    };
-    link.send(Frame { header: frame(session.id(), 1, foreign_step(1, 0)), payload: vec![0; 256].into() }).unwrap();
-    let mut session = session;
-    session.send(step(client.model().edges().embed(&[1], Dtype::F32).unwrap(), 0)).unwrap();
-    let error = session.receive().await.unwrap_err();
-    assert!(matches!(error, SessionError::Fault { code: proto::Code::UnknownSession, .. }), "{error}");
+    let mut answers = Vec::new();
+    for meddles in [false, true] {
+        let (mut session, route) = client.open_session(limits(40), Duration::ZERO).await.unwrap();
+        if meddles {
+            let hop = &route.hops[1].announcement;
+            let link = client.swarm().link(hop.peer_id, &hop.addresses).await.unwrap();
+            let step = frame(session.id(), 1, foreign_step(1, 0));
+            link.send(Frame { header: step, payload: vec![0; 256].into() }).unwrap();
+        }
+        session.send(step(client.model().edges().embed(&[1], Dtype::F32).unwrap(), 0)).unwrap();
+        answers.push(session.receive().await.unwrap().hidden.unwrap().bytes);
+    }
+    // It is refused there, which is no reason to end the session, and changes nothing in it.
+    assert_eq!(answers[0], answers[1]);
+    for node in &nodes {
+        assert_eq!(info(&client, node).await.tokens, 2);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
